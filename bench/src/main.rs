@@ -1,0 +1,2 @@
+//! Benchmark of mirage's megakernel against an unfused per-op baseline.
+fn main() {}

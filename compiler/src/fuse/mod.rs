@@ -1,0 +1,157 @@
+//! The fused graph: what one layer of a decoder is once its operators are grouped into the units the mesh executes.
+//!
+//! Owns the types of the stage and their meaning. The rewrites that make it from a `TypedGraph` are one file each.
+//! It must not know a GPU, a mesh or a batch size: those come with the plan.
+//!
+//! Rules of a well-formed fused graph (checked by [`FusedGraph::verify`]):
+//! 1. The first node of a layer reads the residual stream; every [`Input::Node`] names an earlier node of the layer.
+//! 2. Exactly the linears with [`Epilogue::AddResidual`] write the residual stream, and the last node of a layer is one.
+//! 3. A linear's parts all have the same number of columns; SwiGLU has exactly two parts of equal shape.
+//! 4. An attention node reads a linear whose parts are q, k and v, in that order, of `heads`, `kv_heads` and `kv_heads`
+//!    times `head_dim` rows, and `kv_heads` divides `heads`.
+//! 5. The head reads the residual stream and has one part of `vocab` rows.
+
+use serde::{Deserialize, Serialize};
+
+use crate::diagnostics::Span;
+
+/// Index of a [`Weight`] in [`FusedGraph::weights`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct WeightId(pub u32);
+
+/// One tensor of the checkpoint, or one per layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Weight {
+    /// Name in the checkpoint; `{layer}` stands for the layer's index.
+    pub name: String,
+    /// `[rows, columns]` of a matrix (`[out, in]` as PyTorch stores a linear), `[length]` of a vector.
+    pub shape: Vec<usize>,
+}
+
+/// A decoder whose layer is a short list of fused nodes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FusedGraph {
+    /// The graph's name, an identifier.
+    pub name: String,
+    /// How many times [`FusedGraph::layer`] runs.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Number of tokens.
+    pub vocab: usize,
+    /// All weights; nodes refer to them by [`WeightId`].
+    pub weights: Vec<Weight>,
+    /// The embedding table, `[vocab, hidden]`. The same id as the head's part where they are tied.
+    pub embedding: WeightId,
+    /// One layer, in order of execution.
+    pub layer: Vec<FusedNode>,
+    /// Final norm and LM head; its output goes to the sampler.
+    pub head: FusedLinear,
+}
+
+/// One fused node of the layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FusedNode {
+    /// Name for people and for the generated code, an identifier unique in the layer (`qkv`, `attention`, `o`, …).
+    pub name: String,
+    /// Ids of the graph's operators that became this node.
+    pub sources: Vec<String>,
+    /// Where the first of them stands in the graph file.
+    pub span: Span,
+    /// What it computes.
+    pub op: FusedOp,
+}
+
+/// What a fused node computes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FusedOp {
+    /// Matrix product with prologue and epilogue.
+    Linear(FusedLinear),
+    /// Causal grouped-query attention with its KV cache.
+    Attention(FusedAttention),
+}
+
+/// Where a node's input comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Input {
+    /// The residual stream.
+    Residual,
+    /// The output of an earlier node of the layer.
+    Node(usize),
+}
+
+/// `epilogue(W · prologue(input))`, where W is the parts' rows one under the other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FusedLinear {
+    /// What is multiplied.
+    pub input: Input,
+    /// RMSNorm of the input over its whole width.
+    pub norm: Option<FusedNorm>,
+    /// The matrices, `[rows, columns]` each.
+    pub parts: Vec<WeightId>,
+    /// What happens to the product.
+    pub epilogue: Epilogue,
+}
+
+/// RMSNorm: `x * gamma / sqrt(mean(x²) + eps)`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FusedNorm {
+    /// Scale, one per element.
+    pub gamma: WeightId,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// What a linear does with its product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Epilogue {
+    /// Hands it on as it is.
+    Store,
+    /// `silu(first part) * second part`: half as many outputs as rows.
+    SwiGlu,
+    /// Adds it to the residual stream.
+    AddResidual,
+}
+
+/// Causal grouped-query attention over the KV cache of the layer, to which it appends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FusedAttention {
+    /// Index of the node that makes q, k and v.
+    pub qkv: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// RMSNorm of every query head before RoPE.
+    pub q_norm: Option<FusedNorm>,
+    /// RMSNorm of every key head before RoPE.
+    pub k_norm: Option<FusedNorm>,
+    /// Rotary position embedding of q and k (rotate-half form).
+    pub rope: Rope,
+    /// Factor of the scores, `1 / sqrt(head_dim)` as a rule.
+    pub scale: f32,
+}
+
+/// Rotary position embedding: pair `i` of a head turns by `position * inv_freq(i)`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rope {
+    /// Base of the frequencies: `inv_freq(i) = theta^(-2i / head_dim)`.
+    pub theta: f64,
+    /// Llama-3's change of the low frequencies.
+    pub scaling: Option<Llama3Scaling>,
+}
+
+/// `rope_scaling` of type `llama3` in config.json.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Llama3Scaling {
+    /// Divisor of the lowest frequencies.
+    pub factor: f64,
+    /// Wavelengths above `original_context / low_freq_factor` are divided by `factor`.
+    pub low_freq_factor: f64,
+    /// Wavelengths below `original_context / high_freq_factor` stay.
+    pub high_freq_factor: f64,
+    /// Context of the first training (`original_max_position_embeddings`).
+    pub original_context: f64,
+}
