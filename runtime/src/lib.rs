@@ -1,1 +1,3 @@
 //! The runtime of mirage.
+
+pub mod checkpoint;
