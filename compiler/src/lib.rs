@@ -1,3 +1,5 @@
 //! The mirage compiler: a decoder's operator graph in, one persistent CUDA kernel out.
+pub mod arch;
 pub mod diagnostics;
 pub mod fuse;
+pub mod nvrtc;
