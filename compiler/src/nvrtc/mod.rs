@@ -2,7 +2,7 @@
 //!
 //! Owns finding and loading libnvrtc (12.x and 13.x), the options every compilation
 //! has, and turning its answers into ours. It must not know what the source means,
-//! and it must not cache: the runtime does.
+//! and it must not cache: [`crate::cubin_cache`] does.
 //!
 //! This is the one place where the compiler library reaches outside the process
 //! (it opens a library; [`Nvrtc::find`] lists where it looks). All files of the source

@@ -3,8 +3,10 @@
 //! Owns ptxas' wording. It must not decide whether a number is good: that is the
 //! caller's (our kernels must not spill).
 
+use serde::{Deserialize, Serialize};
+
 /// What one kernel uses, as ptxas reports it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelResources {
     /// The entry point's (lowered) name.
     pub name: String,
