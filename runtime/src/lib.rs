@@ -1,1 +1,2 @@
 //! The runtime of mirage.
+pub mod gpu;
