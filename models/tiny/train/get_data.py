@@ -28,7 +28,16 @@ SOTU_LAST_YEAR = 1912
 
 def clean(text: str) -> str:
     """Plain quotes and dashes, no italics marks, and a paragraph on one line, so that the model learns no line width."""
-    for fancy, plain in {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\r": "", "\u2014": "--", "_": "", "\ufeff": ""}.items():
+    for fancy, plain in {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\r": "",
+        "\u2014": "--",
+        "_": "",
+        "\ufeff": "",
+    }.items():
         text = text.replace(fancy, plain)
     paragraphs = (" ".join(p.split()) for p in re.split(r"\n\s*\n", text))
     return "\n\n".join(p for p in paragraphs if p)

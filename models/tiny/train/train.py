@@ -189,7 +189,9 @@ def continue_text(model, tokenizer, prompt, tokens, seed, temperature=0.8, top_k
 def save(model, out):
     """model.safetensors as a published tied checkpoint has it: no lm_head beside the embedding."""
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {n: t.to(torch.bfloat16).cpu().contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    tensors = {
+        n: t.to(torch.bfloat16).cpu().contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"
+    }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # save_file makes it readable by its owner only
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
