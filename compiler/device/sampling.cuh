@@ -32,16 +32,12 @@ struct SamplingScratch {
   uint64_t target[C];                                // what must still be reached
 };
 
-// Bits that order as the floats do.
-MIRAGE_DEVICE uint32_t order_key(float v) {
-  const uint32_t bits = __float_as_uint(v);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// exp(scaled - highest) in units of 2^-32.
-MIRAGE_DEVICE uint64_t mass_of(float scaled, float highest) {
-  return static_cast<uint64_t>(expf(scaled - highest) * 4294967296.f);
-}
+struct ByCount {
+  static constexpr bool value = false;
+};
+struct ByMass {
+  static constexpr bool value = true;
+};
 
 // Narrows every column's threshold by one level. kMass: by mass, else by count.
 template <class H, int C, bool kMass, class Mesh, class R>
@@ -57,14 +53,14 @@ MIRAGE_DEVICE void select_level(Context<R>& x, SamplingScratch<C>& s, uint64_t* 
     const int slot = x.columns.slot[c];
     if (slot < 0 || s.target[c] == 0) continue;
     const float inverse = x.params.sequences[slot].inverse_temperature;
-    const float highest = winners_of<C>(x)[c].logit * inverse;
+    const float highest = __fmul_rn(winners_of<C>(x)[c].logit, inverse);
     for (int token = begin + x.at.thread; token < end; token += kConsumers) {
       const float logit = x.columns.logits[c][token];
       const uint32_t key = order_key(logit);
       if (key < s.floor[c] || (level > 0 && key >> (shift + 8) != s.prefix[c])) continue;
       const int bin = key >> shift & (kRadixBins - 1);
       if (kMass) {
-        const uint64_t mass = mass_of(logit * inverse, highest);
+        const uint64_t mass = sample_weight(__fsub_rn(__fmul_rn(logit, inverse), highest));
         atomicAdd(&s.low[c][bin], static_cast<uint32_t>(mass & 0xffff));
         atomicAdd(&s.high[c][bin], static_cast<uint32_t>(mass >> 16));
       } else {
@@ -160,12 +156,6 @@ MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uin
       s.floor[x.at.thread] = max(s.floor[x.at.thread], s.prefix[x.at.thread]);
     sync_consumers();
   };
-  struct ByCount {
-    static constexpr bool value = false;
-  };
-  struct ByMass {
-    static constexpr bool value = true;
-  };
   if (by_count) select(ByCount{});
   if (by_mass) select(ByMass{});
   sync_consumers();
@@ -177,12 +167,12 @@ MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uin
     const int slot = x.columns.slot[c];
     if (slot >= 0 && x.params.sequences[slot].inverse_temperature > 0.f) {
       const Sequence& q = x.params.sequences[slot];
-      best = Candidate{kLowest, 0xffffffffu};
+      best = Candidate{kLowest, 0};
+      const uint64_t key = stream_key(q.seed, q.stream, x.columns.position[c] + 1);
       for (int token = begin + x.at.lane; token < end; token += kWarp) {
         const float logit = x.columns.logits[c][token];
         if (order_key(logit) < s.floor[c]) continue;
-        const uint32_t bits = random_bits(q.seed, q.stream, x.columns.position[c], token);
-        best.offer(logit * q.inverse_temperature + gumbel(bits), token);
+        best.offer(__fadd_rn(__fmul_rn(logit, q.inverse_temperature), gumbel(random_bits(key, token))), token);
       }
 #pragma unroll
       for (int o = kWarp / 2; o > 0; o /= 2)
