@@ -15,7 +15,7 @@
 const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// ln 2 in two parts. The first has 9 significant bits, so its product with a small integer is exact.
-const LN2_HIGH: f32 = 0.693_359_375;
+const LN2_HIGH: f32 = 355.0 / 512.0;
 const LN2_LOW: f32 = -2.121_944_4e-4;
 
 /// SplitMix64's finalizer: a bijection in which every input bit moves every output bit.
