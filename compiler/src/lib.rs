@@ -16,4 +16,5 @@ pub mod diagnostics;
 pub mod fuse;
 pub mod graph;
 pub mod ops;
+pub mod reference;
 pub mod typed;
