@@ -19,4 +19,5 @@ pub mod fuse;
 pub mod graph;
 pub mod nvrtc;
 pub mod ops;
+pub mod reference;
 pub mod typed;

@@ -130,6 +130,9 @@ impl FusedGraph {
                 ensure(sum == self.hidden, name, || {
                     format!("it adds {sum} rows to {} (rule 2)", self.hidden)
                 })?;
+                ensure(linear.input != Input::Residual, name, || {
+                    "it reads what it adds to (rule 2)".to_owned()
+                })?;
                 Ok(sum)
             }
         }
