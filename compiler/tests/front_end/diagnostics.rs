@@ -315,3 +315,14 @@ fn no_text_makes_it_panic() {
         }
     }
 }
+
+#[test]
+fn deep_nesting_is_refused() {
+    let text = QWEN3.replace("default: 28", &format!("default: {}", "(".repeat(100_000)));
+    assert!(
+        compile(&text, None)
+            .unwrap_err()
+            .to_string()
+            .contains("ron-syntax")
+    );
+}

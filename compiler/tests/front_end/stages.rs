@@ -3,7 +3,7 @@
 use mirage_compiler::fuse::{FusedGraph, FusedOp};
 use mirage_compiler::graph::Graph;
 use mirage_compiler::ops::Load;
-use mirage_compiler::typed::{ModelConfig, TypedGraph};
+use mirage_compiler::typed::{ModelConfig, TypedGraph, ValueRef};
 
 use crate::{LLAMA3, QWEN3, snapshot};
 
@@ -179,6 +179,56 @@ fn verify_refuses_what_was_changed_by_hand() {
     );
     check("no layers", &|g| g.layers = 0, "rule 6");
     check("another weight", &|g| g.head.parts[0].0 = 99, "rule");
+}
+
+#[test]
+fn verify_refuses_a_typed_graph_that_was_changed_by_hand() {
+    let good = typed(QWEN3, "a", None);
+    let check = |what: &str, change: &dyn Fn(&mut TypedGraph), expect: &str| {
+        let mut bad = good.clone();
+        change(&mut bad);
+        let error = bad.verify().expect_err(what).to_string();
+        assert!(error.contains(expect), "{what}: {error}");
+    };
+    check(
+        "a later node",
+        &|g| g.layer[0].inputs[0] = ValueRef::Node(5),
+        "rule 1",
+    );
+    check(
+        "tokens in the layer",
+        &|g| g.layer[0].inputs[0] = ValueRef::Tokens,
+        "rule 1",
+    );
+    check(
+        "another type",
+        &|g| g.layer[4].inputs[0] = ValueRef::State,
+        "rule 2",
+    );
+    check(
+        "an input less",
+        &|g| g.layer[8].inputs.truncate(1),
+        "rule 2",
+    );
+    check("another result", &|g| g.next = 1, "rule 2");
+    check("no such result", &|g| g.next = 99, "rule 2");
+    check("no weight", &|g| g.layer[0].weight = None, "rule 3");
+    check(
+        "no such weight",
+        &|g| g.layer[0].weight = Some(99),
+        "rule 3",
+    );
+    check(
+        "a weight of another shape",
+        &|g| g.weights[1].shape = vec![7],
+        "rule 3",
+    );
+    check(
+        "twice the same weight",
+        &|g| g.weights[1].name = g.weights[0].name.clone(),
+        "rule 3",
+    );
+    check("no end", &|g| drop(g.after.pop()), "rule 4");
 }
 
 #[test]
