@@ -2,5 +2,7 @@
 
 pub mod checkpoint;
 pub mod gpu;
+pub mod megakernel;
+pub mod pack;
 pub mod sampler;
 pub mod tokenizer;
