@@ -136,9 +136,13 @@ impl Plan {
                             node.name
                         ));
                     }
-                    let makes_heads = |n: &FusedNode| matches!(&n.op, FusedOp::Attention(a) if a.qkv == index);
+                    let makes_heads =
+                        |n: &FusedNode| matches!(&n.op, FusedOp::Attention(a) if a.qkv == index);
                     if placement.groups == Split::Columns && graph.layer.iter().any(makes_heads) {
-                        return Err(format!("{}: a group's heads would be partial sums", node.name));
+                        return Err(format!(
+                            "{}: a group's heads would be partial sums",
+                            node.name
+                        ));
                     }
                     if linear.epilogue == Epilogue::AddResidual
                         && *residual.get_or_insert(*placement) != *placement

@@ -202,7 +202,8 @@ impl Search<'_> {
                         .into_iter()
                         .filter(|p| {
                             // The stream's reader holds all of its input; heads stay in their group; SwiGLU needs sums.
-                            let whole = linear.input == Input::Residual || linear.epilogue == Epilogue::SwiGlu;
+                            let whole = linear.input == Input::Residual
+                                || linear.epilogue == Epilogue::SwiGlu;
                             (p.groups == Split::Rows || !(makes_heads || whole))
                                 && (p.members == Split::Rows || !whole)
                         })
