@@ -1,5 +1,16 @@
 //! Diagnostics: one clear error with the place, the rule and the mend.
+//!
+//! Owns source files, byte spans into them and the rendering of errors. It must not know what a graph is; it does no IO.
+//!
+//! Two kinds of error leave the front end. A [`Diagnostic`] is the reader's to mend: it points into a file they wrote.
+//! A [`Violation`] is ours: a `verify()` found a stage that breaks its own rules, which the stages' constructors never build.
 
+use std::fmt;
+use std::sync::Arc;
+
+use codespan_reporting::diagnostic::{Diagnostic as Report, Label};
+use codespan_reporting::files::SimpleFile;
+use codespan_reporting::term;
 use serde::{Deserialize, Serialize};
 
 /// A byte range of the graph file.
@@ -9,4 +20,242 @@ pub struct Span {
     pub start: usize,
     /// One past the last byte.
     pub end: usize,
+}
+
+/// A text and the name it is known by.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Source {
+    /// File name as errors print it.
+    pub name: String,
+    /// The whole text.
+    pub text: String,
+}
+
+/// One error: what rule was broken, where, and how to mend it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diagnostic {
+    /// Short kebab-case name of the broken rule.
+    pub rule: &'static str,
+    /// What is wrong, in one sentence.
+    pub message: String,
+    /// The place, and what to say under the caret there.
+    pub at: (Span, String),
+    /// Other places that matter, with what they have to do with it.
+    pub related: Vec<(Span, String)>,
+    /// The mend.
+    pub help: Option<String>,
+}
+
+impl Diagnostic {
+    /// An error at `span`; `label`, `related` and `help` add to it.
+    pub fn new(rule: &'static str, span: Span, message: impl Into<String>) -> Self {
+        Self {
+            rule,
+            message: message.into(),
+            at: (span, String::new()),
+            related: Vec::new(),
+            help: None,
+        }
+    }
+
+    /// Says something under the caret.
+    pub fn label(mut self, text: impl Into<String>) -> Self {
+        self.at.1 = text.into();
+        self
+    }
+
+    /// Points to a second place.
+    pub fn related(mut self, span: Span, text: impl Into<String>) -> Self {
+        self.related.push((span, text.into()));
+        self
+    }
+
+    /// Says how to mend it.
+    pub fn help(mut self, text: impl Into<String>) -> Self {
+        self.help = Some(text.into());
+        self
+    }
+
+    fn render(&self, source: &Source) -> String {
+        let primary = Label::primary((), source.clamp(self.at.0)).with_message(&self.at.1);
+        let secondary = self
+            .related
+            .iter()
+            .map(|(span, text)| Label::secondary((), source.clamp(*span)).with_message(text));
+        let report = Report::error()
+            .with_code(self.rule)
+            .with_message(&self.message)
+            .with_label(primary)
+            .with_labels_iter(secondary)
+            .with_notes_iter(self.help.iter().map(|help| format!("help: {help}")));
+        let file = SimpleFile::new(source.name.as_str(), source.text.as_str());
+        term::emit_into_string(&term::Config::default(), &file, &report)
+            // The spans were clamped, so this cannot happen; should it, the sentence must still reach the reader.
+            .unwrap_or_else(|_| {
+                format!("{}: error[{}]: {}\n", source.name, self.rule, self.message)
+            })
+    }
+}
+
+impl Source {
+    /// The range that `span` covers, moved onto character boundaries inside the text.
+    fn clamp(&self, span: Span) -> std::ops::Range<usize> {
+        let start = floor_char_boundary(&self.text, span.start);
+        start..floor_char_boundary(&self.text, span.end.max(span.start)).max(start)
+    }
+
+    /// Line and column of a byte, both from 1; the column counts characters.
+    pub fn line_column(&self, byte: usize) -> (usize, usize) {
+        let before = &self.text[..floor_char_boundary(&self.text, byte)];
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        (
+            before.matches('\n').count() + 1,
+            before[line_start..].chars().count() + 1,
+        )
+    }
+
+    /// Byte of a line and column, both from 1; the end of the line or text where they lie beyond it.
+    pub fn byte_of(&self, line: usize, column: usize) -> usize {
+        let mut start = 0;
+        for _ in 1..line {
+            match self.text[start..].find('\n') {
+                Some(newline) => start += newline + 1,
+                None => return self.text.len(),
+            }
+        }
+        let rest = &self.text[start..];
+        let line = &rest[..rest.find('\n').unwrap_or(rest.len())];
+        let column = column.saturating_sub(1);
+        start
+            + line
+                .char_indices()
+                .nth(column)
+                .map_or(line.len(), |(byte, _)| byte)
+    }
+}
+
+fn floor_char_boundary(text: &str, byte: usize) -> usize {
+    let mut byte = byte.min(text.len());
+    while !text.is_char_boundary(byte) {
+        byte -= 1;
+    }
+    byte
+}
+
+/// All errors found in one file; never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diagnostics {
+    /// The file they point into.
+    pub source: Arc<Source>,
+    /// The errors in the order of their places.
+    pub list: Vec<Diagnostic>,
+}
+
+impl Diagnostics {
+    /// `value` if there are no errors, else all of them in the order of their places.
+    pub fn check<T>(source: &Arc<Source>, mut list: Vec<Diagnostic>, value: T) -> Result<T, Self> {
+        if list.is_empty() {
+            return Ok(value);
+        }
+        list.sort_by_key(|diagnostic| diagnostic.at.0.start);
+        Err(Self {
+            source: Arc::clone(source),
+            list,
+        })
+    }
+
+    /// A single error.
+    pub fn one(source: &Arc<Source>, diagnostic: Diagnostic) -> Self {
+        Self {
+            source: Arc::clone(source),
+            list: vec![diagnostic],
+        }
+    }
+}
+
+impl fmt::Display for Diagnostics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rendered: Vec<_> = self
+            .list
+            .iter()
+            .map(|one| one.render(&self.source))
+            .collect();
+        f.write_str(rendered.join("\n").trim_end())
+    }
+}
+
+impl std::error::Error for Diagnostics {}
+
+/// A stage breaks one of its own rules: a fault of the compiler, or of whoever changed a stage by hand.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the {stage} is not well-formed at {place}: {rule}")]
+pub struct Violation {
+    /// The stage, as people call it.
+    pub stage: &'static str,
+    /// Which node, weight or value.
+    pub place: String,
+    /// The rule that does not hold, with the numbers that break it.
+    pub rule: String,
+}
+
+/// The candidate nearest to a misspelt word, if one is near enough to be meant.
+pub fn did_you_mean<'a>(
+    word: &str,
+    candidates: impl IntoIterator<Item = &'a str>,
+) -> Option<&'a str> {
+    let folded = word.to_lowercase();
+    candidates
+        .into_iter()
+        .map(|candidate| {
+            (
+                strsim::jaro_winkler(&folded, &candidate.to_lowercase()),
+                candidate,
+            )
+        })
+        .filter(|(similarity, _)| *similarity >= 0.75)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_and_bytes_are_inverse() {
+        let source = Source {
+            name: "a".into(),
+            text: "ab\né\"x\nlast".into(),
+        };
+        for (byte, _) in source.text.char_indices().filter(|(_, c)| *c != '\n') {
+            let (line, column) = source.line_column(byte);
+            assert_eq!(source.byte_of(line, column), byte);
+        }
+        assert_eq!(source.line_column(source.text.len()), (3, 5));
+        assert_eq!(source.byte_of(99, 1), source.text.len());
+    }
+
+    #[test]
+    fn a_span_off_the_text_still_renders() {
+        let source = Arc::new(Source {
+            name: "a.ron".into(),
+            text: "é".into(),
+        });
+        let error = Diagnostic::new("rule", Span { start: 1, end: 99 }, "message").help("mend");
+        let text = Diagnostics::one(&source, error).to_string();
+        assert!(
+            text.contains("a.ron:1:1") && text.contains("help: mend"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn suggestions_are_near() {
+        assert_eq!(did_you_mean("Liner", ["Linear", "Rope"]), Some("Linear"));
+        assert_eq!(
+            did_you_mean("rmsnorm", ["Linear", "RmsNorm"]),
+            Some("RmsNorm")
+        );
+        assert_eq!(did_you_mean("Convolution", ["Linear", "Rope"]), None);
+    }
 }

@@ -10,10 +10,27 @@
 //! 4. An attention node reads a linear whose parts are q, k and v, in that order, of `heads`, `kv_heads` and `kv_heads`
 //!    times `head_dim` rows, and `kv_heads` divides `heads`.
 //! 5. The head reads the residual stream and has one part of `vocab` rows.
+//! 6. Names of nodes are identifiers, unique in the layer, and every node has a source. Weight ids are those of weights that
+//!    there are, of the shape that their place asks for; weights of the layer, and only they, have `{layer}` in their name.
+
+mod assemble;
+mod attention;
+mod display;
+mod draft;
+mod fold_norm;
+mod merge_siblings;
+mod residual;
+mod swiglu;
+#[cfg(test)]
+mod testing;
+mod verify;
 
 use serde::{Deserialize, Serialize};
 
-use crate::diagnostics::Span;
+use crate::diagnostics::{Diagnostics, Span};
+pub use crate::ops::rope::{Llama3Scaling, Rope};
+use crate::typed::TypedGraph;
+use draft::Draft;
 
 /// Index of a [`Weight`] in [`FusedGraph::weights`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -47,6 +64,41 @@ pub struct FusedGraph {
     pub layer: Vec<FusedNode>,
     /// Final norm and LM head; its output goes to the sampler.
     pub head: FusedLinear,
+}
+
+/// A named local change of a layer under fusion; its file says what it looks for.
+struct Rewrite {
+    /// Name for people.
+    name: &'static str,
+    /// What it takes together, for those whose graph it does not fit.
+    fuses: &'static str,
+    /// Applies it wherever it fits.
+    apply: fn(&mut Draft),
+}
+
+/// All rewrites in the order in which they are applied. Each relies on those before it.
+const REWRITES: [&Rewrite; 5] = [
+    &fold_norm::REWRITE,
+    &merge_siblings::REWRITE,
+    &swiglu::REWRITE,
+    &attention::REWRITE,
+    &residual::REWRITE,
+];
+
+impl FusedGraph {
+    /// Fuses a typed graph.
+    ///
+    /// # Errors
+    /// Operators that no rewrite takes in: which, why, and what would be fused.
+    pub fn new(graph: &TypedGraph) -> Result<Self, Diagnostics> {
+        let mut layer = Draft::new(&graph.layer, Some(graph.next));
+        let mut head = Draft::new(&graph.after, None);
+        for rewrite in REWRITES {
+            (rewrite.apply)(&mut layer);
+            (rewrite.apply)(&mut head);
+        }
+        assemble::assemble(graph, &layer, &head)
+    }
 }
 
 /// One fused node of the layer.
@@ -132,26 +184,4 @@ pub struct FusedAttention {
     pub rope: Rope,
     /// Factor of the scores, `1 / sqrt(head_dim)` as a rule.
     pub scale: f32,
-}
-
-/// Rotary position embedding: pair `i` of a head turns by `position * inv_freq(i)`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Rope {
-    /// Base of the frequencies: `inv_freq(i) = theta^(-2i / head_dim)`.
-    pub theta: f64,
-    /// Llama-3's change of the low frequencies.
-    pub scaling: Option<Llama3Scaling>,
-}
-
-/// `rope_scaling` of type `llama3` in config.json.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Llama3Scaling {
-    /// Divisor of the lowest frequencies.
-    pub factor: f64,
-    /// Wavelengths above `original_context / low_freq_factor` are divided by `factor`.
-    pub low_freq_factor: f64,
-    /// Wavelengths below `original_context / high_freq_factor` stay.
-    pub high_freq_factor: f64,
-    /// Context of the first training (`original_max_position_embeddings`).
-    pub original_context: f64,
 }

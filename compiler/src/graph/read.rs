@@ -1,0 +1,235 @@
+//! RON with source spans.
+//!
+//! Owns how graph text becomes Rust values that remember where they stood ([`Spanned`]), and how RON's errors become
+//! [`Diagnostic`]s with the exact place and a "did you mean". It must not know what any field means.
+//!
+//! How it works: ron hands out a value's own slice of the text (`&RawValue`). A [`Spanned`] value takes its slice, notes
+//! where it lies in the whole text, and reads itself from it. serde gives a `Deserialize` no context, so the text being
+//! read, and the innermost error with its place, are kept in a thread-local for the length of one [`read`].
+
+use std::cell::RefCell;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Deref;
+
+use ron::Options;
+use ron::extensions::Extensions;
+use ron::value::RawValue;
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+
+use crate::diagnostics::{Diagnostic, Source, Span, did_you_mean};
+
+/// A value and where it stands in the graph file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spanned<T> {
+    /// The value.
+    pub value: T,
+    /// Its place.
+    pub span: Span,
+}
+
+impl<T> Deref for Spanned<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.value
+    }
+}
+
+/// The entries of a RON map in the order of the file, repeated keys included.
+#[derive(Clone, Debug)]
+pub(crate) struct Entries<T>(pub(crate) Vec<(Spanned<String>, T)>);
+
+/// The text being read on this thread, by address, and the first error found in it.
+struct Reading {
+    address: usize,
+    length: usize,
+    error: Option<(ron::error::SpannedError, Span)>,
+}
+
+thread_local! {
+    static READING: RefCell<Option<Reading>> = const { RefCell::new(None) };
+}
+
+/// Lets `Op(field: …)` stand for a variant that holds a struct, and an optional field be written without `Some(…)`.
+fn options() -> Options {
+    Options::default()
+        .with_default_extension(Extensions::UNWRAP_VARIANT_NEWTYPES | Extensions::IMPLICIT_SOME)
+}
+
+/// Reads the `part` of the source's text; with all of it, `part` is `Span { 0, text.len() }`.
+pub(crate) fn read<'de, T: Deserialize<'de>>(
+    source: &'de Source,
+    part: Span,
+) -> Result<T, Diagnostic> {
+    let text = &source.text[part.start..part.end];
+    READING.set(Some(Reading {
+        address: source.text.as_ptr() as usize,
+        length: source.text.len(),
+        error: None,
+    }));
+    let result = options().from_str::<T>(text);
+    let innermost = READING.take().and_then(|reading| reading.error);
+    result.map_err(|error| {
+        let (error, within) = innermost.unwrap_or((error, part));
+        explain(source, within, &error)
+    })
+}
+
+/// Where a slice of the text being read stands; nothing outside of [`read`].
+fn place(slice: &str) -> Span {
+    READING.with_borrow(|reading| {
+        let address = slice.as_ptr() as usize;
+        reading
+            .as_ref()
+            .filter(|r| (r.address..=r.address + r.length).contains(&address))
+            .map(|r| Span {
+                start: address - r.address,
+                end: address - r.address + slice.len(),
+            })
+            .unwrap_or_default()
+    })
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Spanned<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let raw = <&RawValue>::deserialize(deserializer)?.trim().get_ron();
+        let span = place(raw);
+        options()
+            .from_str(raw)
+            .map(|value| Spanned { value, span })
+            .map_err(|error| {
+                let message = error.to_string();
+                READING.with_borrow_mut(|reading| {
+                    if let Some(reading) = reading {
+                        reading.error.get_or_insert((error, span));
+                    }
+                });
+                D::Error::custom(message)
+            })
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Entries<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct EntriesVisitor<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for EntriesVisitor<T> {
+            type Value = Entries<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a map of names in quotes, `{ \"name\": … }`")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries<T>, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(EntriesVisitor(PhantomData))
+    }
+}
+
+/// Turns an error that ron found while reading the text at `within` into a diagnostic.
+fn explain(source: &Source, within: Span, error: &ron::error::SpannedError) -> Diagnostic {
+    let text = &source.text[within.start..within.end];
+    // ron counts lines and columns inside the slice it was given.
+    let slice = Source {
+        name: String::new(),
+        text: text.to_owned(),
+    };
+    let byte =
+        |position: ron::error::Position| within.start + slice.byte_of(position.line, position.col);
+    let cursor = Span {
+        start: byte(error.span.start),
+        end: byte(error.span.end),
+    };
+    use ron::Error::*;
+    match &error.code {
+        NoSuchEnumVariant {
+            expected, found, ..
+        } => unknown(
+            "unknown-operator",
+            "operator",
+            found,
+            expected,
+            word(source, within, cursor, found),
+        ),
+        NoSuchStructField {
+            expected, found, ..
+        } => unknown(
+            "unknown-field",
+            "field",
+            found,
+            expected,
+            word(source, within, cursor, found),
+        ),
+        MissingStructField { field, .. } => Diagnostic::new(
+            "missing-field",
+            within,
+            format!("the field `{field}` is missing"),
+        )
+        .label("in here")
+        .help(format!("add `{field}: …`")),
+        DuplicateStructField { field, .. } => Diagnostic::new(
+            "duplicate-field",
+            word(source, within, cursor, field),
+            format!("the field `{field}` is given twice"),
+        )
+        .help("remove one of them"),
+        Message(message) => Diagnostic::new("invalid-value", within, message.clone()),
+        InvalidValueForType { expected, found } => Diagnostic::new(
+            "invalid-value",
+            within,
+            format!("expected {expected}, found {found}"),
+        ),
+        other => {
+            let end = source.text[cursor.end..]
+                .chars()
+                .next()
+                .map_or(cursor.end, |c| cursor.end + c.len_utf8());
+            let message = other.to_string();
+            let mut first = message.chars();
+            let message = first
+                .next()
+                .map_or_else(String::new, |c| c.to_lowercase().chain(first).collect());
+            Diagnostic::new("ron-syntax", Span { start: cursor.end.min(end), end }, format!("this is not valid RON: {message}"))
+                .help("a list is `[a, b]`, a map `{ \"name\": value }`, a structure `(field: value)`, and a comma follows every entry")
+        }
+    }
+}
+
+fn unknown(
+    rule: &'static str,
+    kind: &str,
+    found: &str,
+    expected: &[&str],
+    span: Span,
+) -> Diagnostic {
+    let near = did_you_mean(found, expected.iter().copied());
+    let label = near.map_or_else(
+        || format!("no {kind} has this name"),
+        |near| format!("did you mean `{near}`?"),
+    );
+    let list: Vec<_> = expected.iter().map(|name| format!("`{name}`")).collect();
+    Diagnostic::new(rule, span, format!("unknown {kind} `{found}`"))
+        .label(label)
+        .help(format!("there are {}", list.join(", ")))
+}
+
+/// The last place of an identifier before ron's cursor, which has just passed it; else all of `within`.
+fn word(source: &Source, within: Span, cursor: Span, identifier: &str) -> Span {
+    let boundary = |c: Option<char>| !c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    let text = &source.text[within.start..within.end];
+    let reach = (cursor.end.max(cursor.start) - within.start + identifier.len()).min(text.len());
+    let hits = text.match_indices(identifier).filter(|(at, _)| {
+        boundary(text[..*at].chars().next_back())
+            && boundary(text[at + identifier.len()..].chars().next())
+    });
+    let hit = hits.take_while(|(at, _)| *at <= reach).last();
+    hit.map_or(within, |(at, _)| Span {
+        start: within.start + at,
+        end: within.start + at + identifier.len(),
+    })
+}
