@@ -1,2 +1,6 @@
 //! The runtime of mirage.
+
+pub mod checkpoint;
 pub mod gpu;
+pub mod sampler;
+pub mod tokenizer;
