@@ -12,8 +12,11 @@
 //! assert_eq!(fused.layers, 28);
 //! # Ok::<(), mirage_compiler::diagnostics::Diagnostics>(())
 //! ```
+pub mod arch;
+pub mod cubin_cache;
 pub mod diagnostics;
 pub mod fuse;
 pub mod graph;
+pub mod nvrtc;
 pub mod ops;
 pub mod typed;

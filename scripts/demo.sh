@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The main job, on any machine with Rust and Python: compiles Qwen3-0.6B's graph to one CUDA kernel, then runs the
+# embedded model on both sides of the benchmark. Without a GPU the compiled program runs on the CPU.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/setup.sh
+cargo build --release --locked --quiet --workspace --bins
+target="${CARGO_TARGET_DIR:-target}/release"
+
+echo "== mirage-compile graphs/qwen3.ron"
+"$target/mirage-compile" graphs/qwen3.ron --out out/qwen3
+echo
+echo "== mirage-bench --model models/tiny"
+"$target/mirage-bench" --model models/tiny
