@@ -1,0 +1,102 @@
+// What every phase sees: who this thread is, the launch's parameters, the shared-memory regions, and the step's columns.
+// A column is one token position of one sequence that the current step computes; a step computes all of them at once.
+#pragma once
+#include "prelude.cuh"
+#include "ring.cuh"
+
+namespace mirage {
+
+// One sequence of the batch, as the host asks for it. The Rust twin is runtime::launch::Sequence.
+struct Sequence {
+  uint32_t prompt_length;  // positions below are given, not generated
+  uint32_t first_decode;   // position of the first decode step; those before come through prefill steps
+  uint32_t max_new;        // generated tokens, at most
+  uint32_t top_k;          // 0: all
+  float inverse_temperature;  // 0: greedy
+  float top_p;
+  uint64_t seed;
+  uint32_t stream;      // the sequence's index in the random numbers
+  int32_t logits_row;   // row of logits_dump for position 0, or -1
+};
+
+// One column of a prefill step. The Rust twin is runtime::launch::PrefillColumn.
+struct PrefillColumn {
+  int32_t slot;  // -1: nothing
+  uint32_t position;
+  uint32_t token;
+  uint32_t first;  // the column of this step at which the sequence's run of positions begins
+};
+
+// The one kernel parameter. The Rust twin is runtime::launch::Params.
+struct Params {
+  const uint8_t* weights;
+  const uint64_t* stream_offsets;  // of each CTA's stream, in bytes
+  const bf16* embedding;           // [vocab, hidden]
+  const bf16* norms;               // [layers, per-layer vectors], then the final norm
+  const float2* rope;              // [max_seq, head_dim / 2] of {cos, sin}
+  bf16* keys;                      // [layers, slots, kv_heads, max_seq, head_dim]
+  bf16* values;
+  uint4* exchange;
+  float* logits;       // [slots, vocab], scratch of the sampler
+  float* logits_dump;  // [rows, vocab] or null
+  const uint32_t* prompts;  // [slots, max_seq]
+  const Sequence* sequences;
+  const PrefillColumn* prefill;  // [prefill_steps, prefill columns]
+  const uint32_t* stop_tokens;
+  uint32_t* tokens_out;      // host memory, [slots, max_seq], token + 1
+  const uint32_t* cancel;    // host memory
+  uint32_t stop_count;
+  uint32_t prefill_steps;
+  uint32_t batch;
+  uint32_t epoch;  // every epoch of this launch is above this one
+};
+
+struct Columns {
+  static constexpr int kMax = 16;
+  int32_t slot[kMax];  // -1: the column is idle; its results are finite and ignored
+  uint32_t position[kMax];
+  uint32_t token[kMax];
+  uint32_t first[kMax];
+  float* logits[kMax];  // where the column's logits go, or null
+};
+
+struct Place {
+  int cta, group, member;
+  int thread, warp, lane;
+};
+
+template <class Mesh>
+MIRAGE_DEVICE Place place_of_this_thread() {
+  const int thread = threadIdx.x, cta = blockIdx.x;
+  return Place{cta, cta / Mesh::kMembers, cta % Mesh::kMembers, thread, thread / kWarp, thread % kWarp};
+}
+
+// Shared-memory regions. `activation` holds what the next linear multiplies, [columns, K + 8] bf16, or q, k and v;
+// `scratch` what warps of one phase hand to each other; `sum_squares` the parts of the norm of the residual stream.
+template <class Ring>
+struct Context {
+  const Params& params;
+  Place at;
+  RingReader<Ring> ring;
+  Columns& columns;
+  bf16* activation;
+  float* scratch;
+  float* sum_squares;  // [columns, kConsumerWarps]
+  float2* rope;        // [columns, head_dim / 2]
+};
+
+// How the eight consumer warps share the columns: whole warps to a column where there are fewer columns than warps.
+template <int C>
+struct WarpsOfColumns {
+  static constexpr int kWarps = max_of(1, kConsumerWarps / C);    // warps of one column
+  static constexpr int kColumns = max_of(1, C / kConsumerWarps);  // columns of one warp
+  static constexpr int kStride = kWarps * kWarp;
+  MIRAGE_DEVICE static int column(const Place& at, int i) { return at.warp / kWarps + i * kConsumerWarps; }
+  MIRAGE_DEVICE static int part(const Place& at) { return at.warp % kWarps; }
+  MIRAGE_DEVICE static int lane(const Place& at) { return part(at) * kWarp + at.lane; }
+};
+
+// Stride of a bf16 row in shared memory: 16 bytes of padding put the rows of an mma operand on distinct banks.
+__host__ __device__ constexpr int padded(int width) { return width + 8; }
+
+}  // namespace mirage

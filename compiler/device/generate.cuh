@@ -1,0 +1,165 @@
+// The generation loop: prefill steps, then decode steps until every sequence has ended, all in one launch.
+// Every CTA runs it in step with all others; what differs from model to model is in Model, which the compiler writes.
+//
+// Model: Mesh, Ring, Shared (regions of shared memory), Head, kPrefillColumns, kDecodeColumns, kStepEpochs, word offsets,
+// and the phases: stream_layer, prefill_layers, decode_layers.
+#pragma once
+#include "attention.cuh"
+#include "exchange.cuh"
+#include "head.cuh"
+#include "linear.cuh"
+#include "residual.cuh"
+#include "sampling.cuh"
+
+namespace mirage {
+
+template <class Model>
+MIRAGE_DEVICE void stream_weights(const Params& params, RingWriter<typename Model::Ring>& ring, int cta) {
+  typedef typename Model::Mesh Mesh;
+  const uint8_t* stream = params.weights + params.stream_offsets[cta];
+  for (uint32_t step = 0;; step++) {
+    const uint8_t* source = stream;
+    bool more = true;
+    if (cta < Mesh::kWorkers)
+      for (int layer = 0; more && layer < Model::kLayers; layer++)
+        more = Model::stream_layer(ring, source, cta / Mesh::kMembers, cta % Mesh::kMembers);
+    if (more && step >= params.prefill_steps)
+      more = stream_linear<typename Model::Head>(ring, source, head_slice<typename Model::Head, Mesh>(cta));
+    if (!more) break;
+  }
+  ring.drain();
+}
+
+// {cos, sin} of every column's position.
+template <class Model, int C, class R>
+MIRAGE_DEVICE void load_rope(Context<R>& x) {
+  constexpr int kPairs = Model::kRopePairs;
+  for (int i = x.at.thread; i < C * kPairs; i += kConsumers)
+    x.rope[i] = x.params.rope[static_cast<size_t>(x.columns.position[i / kPairs]) * kPairs + i % kPairs];
+}
+
+template <class R>
+MIRAGE_DEVICE void begin_prefill_step(Context<R>& x, int columns, uint32_t step) {
+  if (x.at.thread < columns) {
+    const PrefillColumn column = x.params.prefill[step * columns + x.at.thread];
+    x.columns.slot[x.at.thread] = column.slot;
+    x.columns.position[x.at.thread] = column.position;
+    x.columns.token[x.at.thread] = column.token;
+    x.columns.first[x.at.thread] = column.first;
+    x.columns.logits[x.at.thread] = nullptr;
+  }
+  sync_consumers();
+}
+
+// Where a column's logits of its current position go: the caller's dump, else the sampler's scratch, else nowhere.
+template <class Model>
+MIRAGE_DEVICE float* logits_of(const Params& params, int slot, uint32_t position) {
+  const Sequence& q = params.sequences[slot];
+  if (q.logits_row >= 0) return params.logits_dump + (static_cast<size_t>(q.logits_row) + position) * Model::Head::kVocab;
+  if (q.inverse_temperature > 0.f) return params.logits + static_cast<size_t>(slot) * Model::Head::kVocab;
+  return nullptr;
+}
+
+template <class Model, class R>
+MIRAGE_DEVICE void begin_decode(Context<R>& x) {
+  const int c = x.at.thread;
+  if (c < Model::kDecodeColumns) {
+    const bool on = c < static_cast<int>(x.params.batch);
+    const uint32_t position = on ? x.params.sequences[c].first_decode : 0;
+    x.columns.slot[c] = on ? c : -1;
+    x.columns.position[c] = position;
+    x.columns.token[c] = on ? x.params.prompts[c * Model::kMaxSeq + position] : 0;
+    x.columns.first[c] = c;
+    x.columns.logits[c] = on ? logits_of<Model>(x.params, c, position) : nullptr;
+  }
+  sync_consumers();
+}
+
+// Moves every column to its next position: the next token is given or the winner. True while any sequence goes on.
+template <class Model, class R>
+MIRAGE_DEVICE bool advance(Context<R>& x) {
+  const int c = x.at.thread;
+  if (c < Model::kDecodeColumns && x.columns.slot[c] >= 0) {
+    const Sequence& q = x.params.sequences[c];
+    const uint32_t next = x.columns.position[c] + 1;
+    uint32_t token = winners_of<Model::kDecodeColumns>(x)[c].token;
+    bool on = true;
+    if (next < q.prompt_length) {
+      token = x.params.prompts[c * Model::kMaxSeq + next];
+    } else {
+      const uint32_t made = next - q.prompt_length;
+      if (x.at.cta == 0)
+        asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(x.params.tokens_out + c * Model::kMaxSeq + made),
+                     "r"(token + 1)
+                     : "memory");
+      on = made + 1 < q.max_new && next < Model::kMaxSeq;
+      for (uint32_t i = 0; i < x.params.stop_count; i++) on &= token != x.params.stop_tokens[i];
+    }
+    x.columns.slot[c] = on ? c : -1;
+    x.columns.token[c] = on ? token : 0;
+    x.columns.position[c] = on ? next : 0;
+    x.columns.logits[c] = on ? logits_of<Model>(x.params, c, next) : nullptr;
+  }
+  sync_consumers();
+  bool any = false;
+  for (int i = 0; i < Model::kDecodeColumns; i++) any |= x.columns.slot[i] >= 0;
+  return any;
+}
+
+template <class Model>
+MIRAGE_DEVICE void generate(const Params& params) {
+  typedef typename Model::Mesh Mesh;
+  typedef typename Model::Ring Ring;
+  typedef typename Model::Shared Shared;
+  constexpr int C = Model::kDecodeColumns;
+  extern __shared__ __align__(128) uint8_t shared[];
+  RingStorage<Ring>& storage = *reinterpret_cast<RingStorage<Ring>*>(shared + Shared::kRingStorage);
+  const Place at = place_of_this_thread<Mesh>();
+  if (at.thread == 0) init_ring(storage);
+  __syncthreads();
+  if (at.warp == kConsumerWarps) {
+    RingWriter<Ring> ring{storage, shared + Shared::kPages, at.lane};
+    stream_weights<Model>(params, ring, at.cta);
+    return;
+  }
+  Context<Ring> x{params,
+                  at,
+                  RingReader<Ring>{storage, shared + Shared::kPages},
+                  *reinterpret_cast<Columns*>(shared + Shared::kColumns),
+                  reinterpret_cast<bf16*>(shared + Shared::kActivation),
+                  reinterpret_cast<float*>(shared + Shared::kScratch),
+                  reinterpret_cast<float*>(shared + Shared::kSumSquares),
+                  reinterpret_cast<float2*>(shared + Shared::kRope)};
+  uint64_t* histograms = reinterpret_cast<uint64_t*>(params.exchange + Model::kHistogramsAt);
+  for (int i = at.cta * kConsumers + at.thread; i < 2 * Histograms<C>::kOfParity; i += Mesh::kCtas * kConsumers)
+    histograms[i] = 0;
+
+  uint32_t epoch = params.epoch;
+  for (uint32_t step = 0; step < params.prefill_steps; step++, epoch += Model::kStepEpochs) {
+    begin_prefill_step(x, Model::kPrefillColumns, step);
+    load_rope<Model, Model::kPrefillColumns>(x);
+    sync_consumers();
+    if (at.cta < Mesh::kWorkers) Model::prefill_layers(x, epoch);
+    // The next step reads the cache rows that other CTAs wrote in this one.
+    grid_barrier<Mesh>(x, params.exchange + Model::kBarrierAt, epoch + Model::kLayers + 1);
+  }
+  begin_decode<Model>(x);
+  for (uint32_t parity = 0;; parity ^= 1, epoch += Model::kStepEpochs) {
+    uint32_t cancelled = 0;
+    if (at.cta == 0 && at.thread < C)
+      asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(cancelled) : "l"(params.cancel));
+    load_rope<Model, C>(x);
+    sync_consumers();
+    Model::decode_layers(x, epoch);
+    const uint32_t last = epoch + Model::kLayers + 1;
+    uint4* candidates = params.exchange + Model::kCandidatesAt;
+    lm_head<typename Model::Head, C, Mesh>(x, candidates, cancelled != 0, last);
+    const bool stop = collect_candidates<C, Mesh>(x, candidates, last);
+    sample<typename Model::Head, C, Mesh>(x, histograms, params.exchange + Model::kSamplesAt,
+                                          params.exchange + Model::kBarrierAt, parity, last);
+    if (!advance<Model>(x) || stop) break;
+  }
+  if (at.thread == 0) storage.stop = 1;
+}
+
+}  // namespace mirage

@@ -1,0 +1,3 @@
+// All of the device library that a generated kernel needs.
+#pragma once
+#include "generate.cuh"

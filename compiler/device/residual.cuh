@@ -1,0 +1,292 @@
+// The residual stream: f32, updated by the linears that add to it, and handed on to the next linear as bf16 with the
+// norm's gamma applied. The norm's scale, one number a column, follows in that linear's epilogue, so RMSNorm costs no step.
+//
+// Two forms, chosen by the planner for each kind of step:
+// - Replicated: every worker sums all partials of all elements (an all-reduce in one hop) and keeps the whole stream in
+//   registers; good for few columns and narrow streams.
+// - Scattered: every worker sums the partials of its share (reduce-scatter), keeps that share, and publishes the new
+//   values for all to collect (all-gather): a hop more, a small part of the volume.
+#pragma once
+#include "context.cuh"
+#include "exchange.cuh"
+#include "linear.cuh"
+#include "words.cuh"
+
+namespace mirage {
+
+// N, the linear that multiplies the stream next: kNorm, kNormWidth, kWidth, kGammaAt (element of Params::norms, of layer 0),
+// kGammaStride (a layer's elements).
+template <class N>
+MIRAGE_DEVICE const bf16* gamma_of(const Params& params, int layer) {
+  return params.norms + N::kGammaAt + static_cast<size_t>(layer) * N::kGammaStride;
+}
+
+// gamma of a span, asked for before the values arrive.
+struct Gamma {
+  uint32_t pairs[kValuesPerWord / 2];
+};
+template <class N>
+MIRAGE_DEVICE Gamma load_gamma(const bf16* gamma, const Span& span) {
+  Gamma g;
+#pragma unroll
+  for (int i = 0; i < kValuesPerWord / 2; i++) {
+    g.pairs[i] = 0x3f803f80;  // {1, 1}
+    if (N::kNorm && 2 * i < span.count) g.pairs[i] = *reinterpret_cast<const uint32_t*>(gamma + span.begin + 2 * i);
+  }
+  return g;
+}
+
+// Writes a span of one column of the stream as the next linear's operand and returns its part of the sum of squares.
+MIRAGE_DEVICE float store_normed(bf16* row, const Span& span, const float (&v)[kValuesPerWord], const Gamma& gamma) {
+  float squares = 0.f;
+#pragma unroll
+  for (int e = 0; e < kValuesPerWord; e += 2)
+    if (e < span.count) {
+      const uint32_t g = gamma.pairs[e / 2];
+      *reinterpret_cast<uint32_t*>(row + span.begin + e) = pack(v[e] * low_half(g), v[e + 1] * high_half(g));
+      squares += v[e] * v[e] + v[e + 1] * v[e + 1];
+    }
+  return squares;
+}
+
+template <int C, class R>
+MIRAGE_DEVICE void store_sum_squares(Context<R>& x, int column, float squares) {
+  squares = warp_sum(squares);
+  if (x.at.lane == 0) x.sum_squares[column * kConsumerWarps + WarpsOfColumns<C>::part(x.at)] = squares;
+}
+
+// X: the exchange of the linears that write the stream (they share one placement). Every thread keeps the units that
+// collect_all would give it.
+template <class X, class Mesh, int C>
+struct Replicated {
+  typedef Producers<X, Mesh> P;
+  typedef WarpsOfColumns<C> W;
+  static constexpr int kSteps = ceil_div(P::kUnits, W::kStride);
+  float v[W::kColumns][kSteps][kValuesPerWord];
+
+  // Runs f(column index, step, column, unit, span) for this thread's units; the first two are constants after unrolling.
+  template <class F>
+  MIRAGE_DEVICE static void for_each(const Place& at, F f) {
+#pragma unroll
+    for (int i = 0; i < W::kColumns; i++)
+#pragma unroll
+      for (int s = 0; s < kSteps; s++) {
+        const int unit = s * W::kStride + W::lane(at);
+        if (unit < P::kUnits) {
+          const Span span = span_of_unit<X, Mesh>(P::of_unit(unit / X::Source::kWords, at), unit % X::Source::kWords);
+          f(i, s, W::column(at, i), unit, span);
+        }
+      }
+  }
+};
+
+// Starts the stream with the embeddings of the step's tokens and prepares the first linear's operand.
+template <class N, class X, class Mesh, int C, class R>
+MIRAGE_DEVICE void embed(Context<R>& x, Replicated<X, Mesh, C>& stream, const bf16* gamma) {
+  typedef Replicated<X, Mesh, C> S;
+  float squares[S::W::kColumns] = {};
+  S::for_each(x.at, [&](int i, int s, int column, int, const Span& span) {
+    const bf16* row = x.params.embedding + static_cast<size_t>(x.columns.token[column]) * N::kNormWidth;
+#pragma unroll
+    for (int e = 0; e < kValuesPerWord; e++) stream.v[i][s][e] = e < span.count ? to_float(row[span.begin + e]) : 0.f;
+    squares[i] += store_normed(x.activation + column * padded(N::kWidth), span, stream.v[i][s], load_gamma<N>(gamma, span));
+  });
+#pragma unroll
+  for (int i = 0; i < S::W::kColumns; i++) store_sum_squares<C>(x, S::W::column(x.at, i), squares[i]);
+  sync_consumers();
+}
+
+// Adds what linear X::Source published and prepares the operand of the linear N with that gamma.
+template <class N, class X, class Shared, class Mesh, int C, class R>
+MIRAGE_DEVICE void add_to_stream(Context<R>& x, Replicated<Shared, Mesh, C>& stream, const bf16* gamma, uint32_t epoch) {
+  typedef Replicated<Shared, Mesh, C> S;
+  constexpr int kBatch = min_of(S::kSteps, max_of(1, kWordsInFlight / S::P::kPartials));
+#pragma unroll
+  for (int i = 0; i < S::W::kColumns; i++) {
+    const int column = S::W::column(x.at, i);
+    float squares = 0.f;
+#pragma unroll
+    for (int s0 = 0; s0 < S::kSteps; s0 += kBatch) {
+      int units[kBatch];
+      Span spans[kBatch];
+      Gamma gammas[kBatch];
+      Values sums[kBatch];
+#pragma unroll
+      for (int s = 0; s < kBatch; s++) {
+        const int unit = (s0 + s) * S::W::kStride + S::W::lane(x.at);
+        units[s] = -1;
+        spans[s] = Span{0, 0};
+        if (s0 + s < S::kSteps && unit < S::P::kUnits) {
+          spans[s] = span_of_unit<X, Mesh>(Producers<X, Mesh>::of_unit(unit / X::Source::kWords, x.at),
+                                           unit % X::Source::kWords);
+          if (spans[s].count > 0) units[s] = unit;
+        }
+        gammas[s] = load_gamma<N>(gamma, spans[s]);
+      }
+      collect_units<X, Mesh>(sums, units, column, C, epoch, x.params.exchange, x.at);
+#pragma unroll
+      for (int s = 0; s < kBatch; s++)
+        if (s0 + s < S::kSteps && units[s] >= 0) {
+#pragma unroll
+          for (int e = 0; e < kValuesPerWord; e++) stream.v[i][s0 + s][e] += sums[s].v[e];
+          squares += store_normed(x.activation + column * padded(N::kWidth), spans[s], stream.v[i][s0 + s], gammas[s]);
+        }
+    }
+    store_sum_squares<C>(x, column, squares);
+  }
+  sync_consumers();
+}
+
+// The stream's new values in bf16, published unit by unit for all to collect: [producers side by side, columns, words].
+template <class X, class Mesh, int C>
+struct Gathered {
+  typedef Producers<X, Mesh> P;
+  static constexpr int kUnits = P::kUnits * C;
+  MIRAGE_DEVICE static int index(int unit, int column) {
+    return (unit / X::Source::kWords * C + column) * X::Source::kWords + unit % X::Source::kWords;
+  }
+};
+
+// Collects a gathered stream at `words` and prepares the operand of the linear N with that gamma.
+template <class N, class X, class Mesh, int C, class R>
+MIRAGE_DEVICE void gather_stream(Context<R>& x, const uint4* words, const bf16* gamma, uint32_t epoch) {
+  typedef Producers<X, Mesh> P;
+  typedef WarpsOfColumns<C> W;
+  constexpr int kSteps = ceil_div(P::kUnits, W::kStride);
+  constexpr int kBatch = min_of(kSteps, 8);
+#pragma unroll 1
+  for (int i = 0; i < W::kColumns; i++) {
+    const int column = W::column(x.at, i);
+    float squares = 0.f;
+#pragma unroll 1
+    for (int s0 = 0; s0 < kSteps; s0 += kBatch) {
+      const uint4* from[kBatch];
+      uint4 got[kBatch];
+      Span spans[kBatch];
+      Gamma gammas[kBatch];
+#pragma unroll
+      for (int s = 0; s < kBatch; s++) {
+        const int unit = (s0 + s) * W::kStride + W::lane(x.at);
+        from[s] = nullptr;
+        spans[s] = Span{0, 0};
+        if (unit < P::kUnits) {
+          spans[s] = span_of_unit<X, Mesh>(P::of_unit(unit / X::Source::kWords, x.at), unit % X::Source::kWords);
+          if (spans[s].count > 0) from[s] = words + Gathered<X, Mesh, C>::index(unit, column);
+        }
+        gammas[s] = load_gamma<N>(gamma, spans[s]);
+      }
+      await_words(got, from, epoch);
+#pragma unroll
+      for (int s = 0; s < kBatch; s++)
+        if (from[s])
+          squares += store_normed(x.activation + column * padded(N::kWidth), spans[s], unpack(got[s]).v, gammas[s]);
+    }
+    store_sum_squares<C>(x, column, squares);
+  }
+  sync_consumers();
+}
+
+MIRAGE_DEVICE void store_values(uint4* to, const float (&v)[kValuesPerWord], uint32_t epoch) {
+  store_word(to, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), epoch);
+}
+
+// Hands the replicated stream on to the CTAs that hold no part of the layers and only help with the head.
+template <class X, class Mesh, int C, class R>
+MIRAGE_DEVICE void publish_stream(Context<R>& x, const Replicated<X, Mesh, C>& stream, uint4* words, uint32_t epoch) {
+  typedef Replicated<X, Mesh, C> S;
+  S::for_each(x.at, [&](int i, int s, int column, int unit, const Span& span) {
+    if (span.count > 0) store_values(words + Gathered<X, Mesh, C>::index(unit, column), stream.v[i][s], epoch);
+  });
+}
+
+// The share of a worker, one unit to kLanes neighbouring lanes, which split its partials among them.
+template <class X, class Mesh, int C>
+struct Scattered {
+  typedef Producers<X, Mesh> P;
+  static constexpr int kTotal = Gathered<X, Mesh, C>::kUnits;
+  static constexpr int kShare = ceil_div(kTotal, Mesh::kWorkers);
+  static constexpr int lanes() {
+    int lanes = 1;
+    while (lanes < kWarp && lanes < P::kPartials && 2 * lanes * kShare <= kConsumers) lanes *= 2;
+    return lanes;
+  }
+  static constexpr int kLanes = lanes();
+  static_assert(kShare * kLanes <= kConsumers, "a worker's share of the stream must fit its threads");
+  float v[kValuesPerWord];
+  // What this thread works on; unit < 0: nothing.
+  int unit, column, lane;
+  Span span;
+
+  MIRAGE_DEVICE explicit Scattered(const Place& at) : unit(-1), column(0), lane(at.thread % kLanes), span{0, 0} {
+    const Share share = share_of(kTotal, Mesh::kWorkers, at.cta);
+    const int mine = at.thread / kLanes;
+    if (mine >= share.count) return;
+    const int index = share.begin + mine, word = index % X::Source::kWords;
+    const int producer = index / X::Source::kWords / C;
+    column = index / X::Source::kWords % C;
+    span = span_of_unit<X, Mesh>(P::of_unit(producer, at), word);
+    if (span.count > 0) unit = producer * X::Source::kWords + word;
+  }
+};
+
+template <class N, class X, class Mesh, int C, class R>
+MIRAGE_DEVICE void embed(Context<R>& x, Scattered<X, Mesh, C>& stream, const bf16* gamma) {
+  typedef Replicated<X, Mesh, C> All;  // only its way of sharing out the units
+  float squares[All::W::kColumns] = {};
+  All::for_each(x.at, [&](int i, int, int column, int, const Span& span) {
+    const bf16* row = x.params.embedding + static_cast<size_t>(x.columns.token[column]) * N::kNormWidth;
+    float v[kValuesPerWord];
+#pragma unroll
+    for (int e = 0; e < kValuesPerWord; e++) v[e] = e < span.count ? to_float(row[span.begin + e]) : 0.f;
+    squares[i] += store_normed(x.activation + column * padded(N::kWidth), span, v, load_gamma<N>(gamma, span));
+  });
+#pragma unroll
+  for (int i = 0; i < All::W::kColumns; i++) store_sum_squares<C>(x, All::W::column(x.at, i), squares[i]);
+  if (stream.unit >= 0) {
+    const bf16* row = x.params.embedding + static_cast<size_t>(x.columns.token[stream.column]) * N::kNormWidth;
+#pragma unroll
+    for (int e = 0; e < kValuesPerWord; e++)
+      stream.v[e] = e < stream.span.count ? to_float(row[stream.span.begin + e]) : 0.f;
+  }
+  sync_consumers();
+}
+
+// Reduce-scatter: adds the partials of this worker's share and publishes the new values at `words`.
+template <class X, class Shared, class Mesh, int C, class R>
+MIRAGE_DEVICE void reduce_scatter(Context<R>& x, Scattered<Shared, Mesh, C>& stream, uint4* words, uint32_t epoch) {
+  typedef Scattered<Shared, Mesh, C> S;
+  typedef Producers<X, Mesh> P;
+  constexpr int kMine = ceil_div(P::kPartials, S::kLanes), kBatch = min_of(kMine, kWordsInFlight);
+  const P producer = P::of_unit(max_of(stream.unit, 0) / X::Source::kWords, x.at);
+  const int offset = stream.column * X::Source::kWords + max_of(stream.unit, 0) % X::Source::kWords;
+  Values sum{{0.f, 0.f, 0.f, 0.f, 0.f, 0.f}};
+#pragma unroll 1
+  for (int b = 0; b < kMine; b += kBatch) {
+    const uint4* from[kBatch];
+    uint4 got[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int partial = (b + i) * S::kLanes + stream.lane;
+      from[i] = stream.unit >= 0 && partial < P::kPartials ? producer.words(x.params.exchange, partial, C) + offset : nullptr;
+    }
+    await_words(got, from, epoch);
+#pragma unroll
+    for (int i = 0; i < kBatch; i++)
+      if (from[i]) {
+        const Values part = unpack(got[i]);
+#pragma unroll
+        for (int e = 0; e < kValuesPerWord; e++) sum.v[e] += part.v[e];
+      }
+  }
+#pragma unroll
+  for (int e = 0; e < kValuesPerWord; e++)
+#pragma unroll
+    for (int o = S::kLanes / 2; o > 0; o /= 2) sum.v[e] += __shfl_xor_sync(~0u, sum.v[e], o);
+  if (stream.unit >= 0) {
+#pragma unroll
+    for (int e = 0; e < kValuesPerWord; e++) stream.v[e] += sum.v[e];
+    if (stream.lane == 0) store_values(words + Gathered<Shared, Mesh, C>::index(stream.unit, stream.column), stream.v, epoch);
+  }
+}
+
+}  // namespace mirage

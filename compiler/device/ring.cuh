@@ -1,0 +1,105 @@
+// The ring of pages through which a CTA's weights stream: one producer warp fills it, eight consumer warps empty it.
+// The order of pages is fixed at compile time on both sides; nothing here knows what a page holds.
+#pragma once
+#include "arch.cuh"
+#include "prelude.cuh"
+
+namespace mirage {
+
+// R: kPages, kPageBytes, kInFlight (pages asked for and not yet arrived, at most; 0 = no limit).
+template <class R>
+struct RingStorage {
+  uint64_t full[R::kPages];
+  uint64_t empty[R::kPages];
+  // Set by the consumers when no further step follows; the producer then takes back what it asked for too much.
+  volatile uint32_t stop;
+};
+
+template <class R>
+MIRAGE_DEVICE void init_ring(RingStorage<R>& storage) {
+  for (int i = 0; i < R::kPages; i++) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&storage.full[i])), "r"(kPageArrivals));
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&storage.empty[i])), "r"(kConsumerWarps));
+  }
+  storage.stop = 0;
+  publish_barriers();
+}
+
+// Position in the ring: a page and the parity of its current phase.
+template <class R>
+struct RingCursor {
+  int page = 0;
+  uint32_t parity = 0;
+  MIRAGE_DEVICE void advance() {
+    if (++page == R::kPages) {
+      page = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// One of the eight consumer warps' view. Every warp must take and release every page.
+template <class R>
+struct RingReader {
+  RingStorage<R>& storage;
+  const uint8_t* pages;
+  RingCursor<R> at;
+
+  // Waits for the next page and returns its bytes.
+  MIRAGE_DEVICE const uint8_t* take() {
+    Spin spin;
+    while (!test_barrier(&storage.full[at.page], at.parity)) spin.turn();
+    return pages + at.page * R::kPageBytes;
+  }
+  MIRAGE_DEVICE void release(int lane) {
+    __syncwarp();
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&storage.empty[at.page])) : "memory");
+    at.advance();
+  }
+};
+
+// The producer warp's view; all its lanes call push together.
+template <class R>
+struct RingWriter {
+  RingStorage<R>& storage;
+  uint8_t* pages;
+  int lane;
+  RingCursor<R> at;
+  // The oldest page that is asked for and was not seen to arrive, and how many there are.
+  RingCursor<R> oldest;
+  int in_flight = 0;
+  bool first_round = true;
+
+  MIRAGE_DEVICE void await_oldest() {
+    Spin spin;
+    while (!test_barrier(&storage.full[oldest.page], oldest.parity)) spin.turn();
+    oldest.advance();
+    in_flight--;
+  }
+
+  // Asks for the next page. False when the consumers have stopped instead of making room.
+  MIRAGE_DEVICE bool push(const uint8_t* source, uint32_t bytes) {
+    if (!first_round) {
+      Spin spin;
+      while (!test_barrier(&storage.empty[at.page], at.parity ^ 1)) {
+        if (storage.stop) return false;
+        spin.turn();
+      }
+    }
+    // Too many requests in flight make every exchange wait behind the stream.
+    if (in_flight == (R::kInFlight > 0 ? R::kInFlight : R::kPages)) await_oldest();
+    fetch_page(pages + at.page * R::kPageBytes, source, bytes, &storage.full[at.page], lane);
+    in_flight++;
+    at.advance();
+    if (at.page == 0) first_round = false;
+    return true;
+  }
+
+  // No copy may land in the shared memory of a CTA that has gone.
+  MIRAGE_DEVICE void drain() {
+    while (in_flight > 0) await_oldest();
+  }
+};
+
+}  // namespace mirage

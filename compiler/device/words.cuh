@@ -1,0 +1,72 @@
+// Exchange words: 128 bits that carry 96 bits of payload and the epoch in which they were written, stored and loaded as
+// one. A reader that sees the epoch it waits for has the payload: there is no separate flag and no fence.
+// Owns the word, its packing and the waiting; which words a phase reads and writes is exchange.cuh's concern.
+#pragma once
+#include "context.cuh"
+
+namespace mirage {
+
+// bf16 values a word carries.
+constexpr int kValuesPerWord = 6;
+
+MIRAGE_DEVICE void store_word(uint4* p, uint32_t a, uint32_t b, uint32_t c, uint32_t epoch) {
+  const uint64_t low = static_cast<uint64_t>(b) << 32 | a, high = static_cast<uint64_t>(epoch) << 32 | c;
+  asm volatile("{ .reg .b128 w; mov.b128 w, {%1, %2}; st.relaxed.gpu.global.b128 [%0], w; }" ::"l"(p), "l"(low), "l"(high)
+               : "memory");
+}
+
+MIRAGE_DEVICE uint4 load_word(const uint4* p) {
+  uint64_t low, high;
+  asm volatile("{ .reg .b128 w; ld.relaxed.gpu.global.b128 w, [%2]; mov.b128 {%0, %1}, w; }"
+               : "=l"(low), "=l"(high)
+               : "l"(p)
+               : "memory");
+  return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+                    static_cast<uint32_t>(high >> 32));
+}
+
+// Waits until all N words carry `epoch`; null pointers are not waited for. The whole set is asked for again at each turn:
+// asking word by word, or only for the missing ones, is slower.
+template <int N>
+MIRAGE_DEVICE void await_words(uint4 (&words)[N], const uint4* const (&from)[N], uint32_t epoch) {
+  Spin spin;
+  bool complete;
+  do {
+    complete = true;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (from[i]) words[i] = load_word(from[i]);
+#pragma unroll
+    for (int i = 0; i < N; i++) complete &= !from[i] || words[i].w == epoch;
+    spin.turn();
+  } while (!complete);
+}
+
+struct Values {
+  float v[kValuesPerWord];
+};
+
+MIRAGE_DEVICE Values unpack(const uint4& word) {
+  return Values{{low_half(word.x), high_half(word.x), low_half(word.y), high_half(word.y), low_half(word.z),
+                 high_half(word.z)}};
+}
+
+// Publishes `outputs` values of each of C columns as words of six: value(column, index) is asked once for each, by one
+// lane of six; five words a warp at a time. A column's words begin `stride` words after the previous column's.
+// kWords: words of a column at most.
+template <int C, int kWords, class Value>
+MIRAGE_DEVICE void publish_values(uint4* to, int stride, int outputs, uint32_t epoch, const Place& at, Value value) {
+  constexpr int kWordsPerWarp = kWarp / kValuesPerWord;
+  const int slot = at.lane / kValuesPerWord, i = at.lane % kValuesPerWord;
+#pragma unroll 1
+  for (int first = at.warp * kWordsPerWarp; first < C * kWords; first += kConsumerWarps * kWordsPerWarp) {
+    const int word = first + slot, column = word / kWords, index = word % kWords * kValuesPerWord + i;
+    const bool mine = slot < kWordsPerWarp && word < C * kWords && index < outputs;
+    const float v = mine ? value(column, index) : 0.f;
+    const uint32_t a = pack(v, __shfl_down_sync(~0u, v, 1));
+    const uint32_t b = __shfl_down_sync(~0u, a, 2), c = __shfl_down_sync(~0u, a, 4);
+    if (mine && i == 0) store_word(to + column * stride + word % kWords, a, b, c, epoch);
+  }
+}
+
+}  // namespace mirage

@@ -1,0 +1,411 @@
+//! CUDA source: a thin `kernel.cu` of constants and phase sequences over the device library in `device/`.
+//!
+//! Owns the text of `kernel.cu`; every computation is in the `.cuh` files, which are carried as they are. A verified
+//! program always emits; names that reach the source come from `identifier`, never from a graph as they stand.
+
+use std::fmt::Write;
+
+use crate::arch::Arch;
+use crate::program::{Along, Exchange, Linear, Next, Norm, Phase, Program, Step, step_epochs};
+use crate::fuse::Epilogue;
+use crate::mesh::Split;
+use crate::plan::StreamForm;
+
+/// Name of the kernel's entry point.
+pub const ENTRY: &str = "mirage_generate";
+
+/// A CUDA translation unit with its headers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudaSource {
+    /// The text of `kernel.cu`.
+    pub text: String,
+    /// Include name and text of every header.
+    pub headers: Vec<(String, String)>,
+}
+
+macro_rules! headers {
+    ($($name:literal),* $(,)?) => {
+        [$(($name, include_str!(concat!("../device/", $name)))),*]
+    };
+}
+
+const HEADERS: [(&str, &str); 14] = headers![
+    "attention.cuh",
+    "context.cuh",
+    "exchange.cuh",
+    "generate.cuh",
+    "grid.cuh",
+    "head.cuh",
+    "linear.cuh",
+    "mirage.cuh",
+    "prelude.cuh",
+    "random.cuh",
+    "residual.cuh",
+    "ring.cuh",
+    "sampling.cuh",
+    "words.cuh",
+];
+
+const ARCH_SM_80: &str = include_str!("../device/arch/sm_80.cuh");
+const ARCH_SM_90: &str = include_str!("../device/arch/sm_90.cuh");
+
+/// Emits the kernel of a program for an architecture.
+pub fn cuda_source(program: &Program, arch: Arch) -> CudaSource {
+    let arch_text = match arch {
+        Arch::Sm80 | Arch::Sm86 | Arch::Sm89 => ARCH_SM_80,
+        Arch::Sm90a | Arch::Sm100a | Arch::Sm120a => ARCH_SM_90,
+    };
+    let mut headers: Vec<(String, String)> =
+        HEADERS.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect();
+    headers.push(("arch.cuh".to_owned(), arch_text.to_owned()));
+    let mut emitter = Emitter { program, out: String::new() };
+    emitter.kernel();
+    CudaSource { text: emitter.out, headers }
+}
+
+/// A name of the graph as an identifier of the generated code: `gate_up` becomes `GateUp`.
+fn identifier(name: &str) -> String {
+    let mut out = String::new();
+    let mut upper = true;
+    for c in name.chars() {
+        if c.is_ascii_alphanumeric() {
+            if out.is_empty() && c.is_ascii_digit() {
+                out.push('N');
+            }
+            out.push(if upper { c.to_ascii_uppercase() } else { c });
+            upper = false;
+        } else {
+            upper = true;
+        }
+    }
+    if out.is_empty() { "Node".to_owned() } else { out }
+}
+
+fn float(value: f32) -> String {
+    format!("{value:e}f")
+}
+
+struct Emitter<'a> {
+    program: &'a Program,
+    out: String,
+}
+
+/// Writes one line of source. Writing to a string cannot fail.
+macro_rules! line {
+    ($emitter:expr) => { $emitter.out.push('\n') };
+    ($emitter:expr, $($arg:tt)*) => {{
+        let _ = writeln!($emitter.out, $($arg)*);
+    }};
+}
+
+impl Emitter<'_> {
+    fn kernel(&mut self) {
+        let p = self.program;
+        line!(self, "// {} for {} sequences of up to {} positions, compiled by mirage. Do not edit.", identifier(&p.name), p.slots, p.max_seq);
+        line!(self, "// Constants and the order of phases; the phases themselves are in the headers.");
+        line!(self, "#include \"mirage.cuh\"");
+        line!(self);
+        line!(self, "namespace mirage {{");
+        line!(self);
+        self.mesh();
+        self.memory();
+        for linear in p.linears.iter().chain([&p.head]) {
+            self.linear(linear);
+        }
+        self.attention();
+        self.exchanges();
+        self.model();
+        line!(self);
+        line!(self, "}}  // namespace mirage");
+        line!(self);
+        line!(self, "extern \"C\" __global__ void __launch_bounds__(mirage::kThreads, 1)");
+        line!(self, "    {ENTRY}(const __grid_constant__ mirage::Params params) {{");
+        line!(self, "  mirage::generate<mirage::Model>(params);");
+        line!(self, "}}");
+    }
+
+    fn constant(&mut self, name: &str, value: impl std::fmt::Display) {
+        line!(self, "  static constexpr int {name} = {value};");
+    }
+
+    fn flag(&mut self, name: &str, value: bool) {
+        line!(self, "  static constexpr bool {name} = {value};");
+    }
+
+    fn mesh(&mut self) {
+        let mesh = self.program.mesh;
+        line!(self, "struct Mesh {{");
+        self.constant("kGroups", mesh.groups);
+        self.constant("kMembers", mesh.members);
+        self.constant("kWorkers", mesh.workers());
+        self.constant("kCtas", mesh.ctas);
+        line!(self, "}};");
+        line!(self);
+    }
+
+    fn memory(&mut self) {
+        let p = self.program;
+        line!(self, "struct Ring {{");
+        self.constant("kPages", p.ring.pages);
+        self.constant("kPageBytes", p.ring.page_bytes);
+        self.constant("kInFlight", p.ring.in_flight);
+        line!(self, "}};");
+        line!(self);
+        line!(self, "// Shared memory: {} bytes.", p.shared.bytes);
+        line!(self, "struct Shared {{");
+        for region in &p.shared.regions {
+            self.constant(&format!("k{}", region.name), region.at);
+        }
+        line!(self, "}};");
+        line!(self);
+    }
+
+    fn linear(&mut self, linear: &Linear) {
+        let t = &linear.tiling;
+        let made_of = if linear.sources.is_empty() { String::new() } else { format!(": {}", comment(&linear.sources)) };
+        line!(self, "// {} x {}{made_of}", linear.rows(), linear.columns);
+        line!(self, "struct {} {{", identifier(&linear.name));
+        self.constant("kRowUnits", linear.row_units);
+        self.constant("kUnitTiles", linear.unit_tiles);
+        self.constant("kKTiles", linear.k_tiles);
+        self.flag("kRowsOverGroups", linear.placement.groups == Split::Rows);
+        self.flag("kRowsOverMembers", linear.placement.members == Split::Rows);
+        self.flag("kRowsExact", t.rows_exact);
+        self.flag("kKExact", t.k_exact);
+        self.constant("kPasses", t.passes);
+        self.constant("kPassTiles", t.pass_tiles);
+        self.constant("kTilesPerWarp", t.tiles_per_warp);
+        self.constant("kWarpRows", t.warp_rows);
+        self.constant("kWarpK", t.warp_k());
+        self.constant("kPageK", t.page_k);
+        self.constant("kWidth", linear.width());
+        self.flag("kSwiGlu", linear.epilogue == Epilogue::SwiGlu);
+        self.norm("", linear.norm.as_ref());
+        self.constant("kNormWidth", linear.columns);
+        self.constant("kPassWords", linear.pass_words());
+        self.constant("kWords", linear.words());
+        self.constant("kWordsAt", linear.words_at);
+        if std::ptr::eq(linear, &self.program.head) {
+            self.constant("kVocab", self.program.vocab);
+        }
+        line!(self, "}};");
+        line!(self);
+    }
+
+    fn norm(&mut self, prefix: &str, norm: Option<&Norm>) {
+        let none = Norm { gamma_at: 0, gamma_stride: 0, eps: 0.0 };
+        let n = norm.unwrap_or(&none);
+        self.flag(&format!("k{prefix}Norm"), norm.is_some());
+        self.constant(&format!("k{prefix}GammaAt"), n.gamma_at);
+        if prefix.is_empty() {
+            self.constant("kGammaStride", n.gamma_stride);
+            line!(self, "  static constexpr float kEps = {};", float(n.eps));
+        }
+    }
+
+    fn attention(&mut self) {
+        let p = self.program;
+        let a = &p.attention;
+        line!(self, "// {}", comment(&a.sources));
+        line!(self, "struct {} {{", identifier(&a.name));
+        self.constant("kHeads", a.heads);
+        self.constant("kKvHeads", a.kv_heads);
+        self.constant("kAllKvHeads", a.kv_heads * p.mesh.groups);
+        self.constant("kHeadDim", a.head_dim);
+        self.constant("kHeadsPerTask", a.heads_per_task);
+        // Scores in powers of two: exp(x) = exp2(x log2 e).
+        line!(self, "  static constexpr float kScale = {};", float(a.scale * std::f32::consts::LOG2_E));
+        self.norm("Q", a.q_norm.as_ref());
+        self.norm("K", a.k_norm.as_ref());
+        self.constant("kGammaStride", p.norms.layer_stride);
+        let eps = a.q_norm.or(a.k_norm).map_or(0.0, |norm| norm.eps);
+        line!(self, "  static constexpr float kEps = {};", float(eps));
+        self.constant("kWidth", a.width());
+        self.constant("kSlots", p.slots);
+        self.constant("kMaxSeq", p.max_seq);
+        self.constant("kWordsAt", a.words_at);
+        line!(self, "}};");
+        line!(self);
+    }
+
+    /// Every view of a linear's output that a phase takes, once.
+    fn exchanges(&mut self) {
+        let mut seen: Vec<Exchange> = Vec::new();
+        for (_, step) in self.program.steps() {
+            for phase in &step.layer {
+                let exchange = match phase {
+                    Phase::Attention(exchange)
+                    | Phase::Collect { exchange, .. }
+                    | Phase::AddToStream { exchange, .. }
+                    | Phase::ReduceScatter { exchange, .. }
+                    | Phase::GatherStream { exchange, .. } => *exchange,
+                    Phase::Linear(_) | Phase::CollectHeads { .. } => continue,
+                };
+                if !seen.contains(&exchange) {
+                    seen.push(exchange);
+                }
+            }
+        }
+        for exchange in seen {
+            let along = |a: Along| match a {
+                Along::Own => "kOwn",
+                Along::Concat => "kConcat",
+                Along::Sum => "kSum",
+            };
+            line!(self, "struct {} {{", self.view(&exchange));
+            line!(self, "  typedef {} Source;", self.linear_name(exchange.source));
+            line!(self, "  static constexpr Along kGroups = Along::{};", along(exchange.groups));
+            line!(self, "  static constexpr Along kMembers = Along::{};", along(exchange.members));
+            line!(self, "}};");
+            line!(self);
+        }
+    }
+
+    fn linear_name(&self, index: usize) -> String {
+        identifier(&self.program.linears[index].name)
+    }
+
+    /// Type of an exchange. One linear is read in one way only.
+    fn view(&self, exchange: &Exchange) -> String {
+        format!("From{}", self.linear_name(exchange.source))
+    }
+
+    fn model(&mut self) {
+        let p = self.program;
+        line!(self, "struct Model {{");
+        line!(self, "  typedef mirage::Mesh Mesh;");
+        line!(self, "  typedef mirage::Ring Ring;");
+        line!(self, "  typedef mirage::Shared Shared;");
+        line!(self, "  typedef mirage::Head Head;");
+        self.constant("kLayers", p.layers);
+        self.constant("kMaxSeq", p.max_seq);
+        self.constant("kRopePairs", p.attention.head_dim / 2);
+        self.constant("kPrefillColumns", p.prefill.columns);
+        self.constant("kDecodeColumns", p.decode.columns);
+        self.constant("kStepEpochs", step_epochs(p.layers));
+        self.constant("kStreamAt", p.exchange.stream_at);
+        self.constant("kCandidatesAt", p.exchange.candidates_at);
+        self.constant("kSamplesAt", p.exchange.samples_at);
+        self.constant("kBarrierAt", p.exchange.barrier_at);
+        self.constant("kHistogramsAt", p.exchange.histograms_at);
+        line!(self);
+        line!(self, "  template <class R>");
+        line!(self, "  MIRAGE_DEVICE static bool stream_layer(RingWriter<R>& ring, const uint8_t*& source, int group, int member) {{");
+        for (i, linear) in p.linears.iter().enumerate() {
+            let name = identifier(&linear.name);
+            let (lead, end) = (if i == 0 { "return " } else { "       " }, if i + 1 == p.linears.len() { ";" } else { " &&" });
+            line!(self, "    {lead}stream_linear<{name}>(ring, source, slice_of<{name}, Mesh>(group, member)){end}");
+        }
+        line!(self, "  }}");
+        self.layers("prefill", &p.prefill, false);
+        self.layers("decode", &p.decode, true);
+        line!(self, "}};");
+    }
+
+    /// One kind of step: all layers, from the tokens' embeddings to the head's input.
+    fn layers(&mut self, name: &str, step: &Step, with_head: bool) {
+        let p = self.program;
+        let first = self.linear_name(0);
+        // The stream's owner and units follow the linears that write it.
+        let Some(writer) = step.layer.iter().rev().find_map(|phase| match phase {
+            Phase::AddToStream { exchange, .. } | Phase::ReduceScatter { exchange, .. } => Some(*exchange),
+            _ => None,
+        }) else {
+            return;
+        };
+        let shared = self.view(&writer);
+        let columns = step.columns;
+        line!(self);
+        line!(self, "  // {columns} columns: {}", step.stream);
+        line!(self, "  template <class R>");
+        line!(self, "  MIRAGE_DEVICE static void {name}_layers(Context<R>& x, uint32_t epoch) {{");
+        line!(self, "    constexpr int C = {columns};");
+        let gathered = step.layer.iter().rev().find_map(|phase| match phase {
+            Phase::GatherStream { words_at, .. } => Some(*words_at),
+            _ => None,
+        });
+        let others = with_head && p.mesh.ctas > p.mesh.workers();
+        if others {
+            let at = gathered.map_or("kStreamAt".to_owned(), |at| at.to_string());
+            line!(self, "    if (x.at.cta >= Mesh::kWorkers) {{");
+            line!(self, "      // No part of the layers: only the head's input.");
+            line!(self, "      gather_stream<Head, {shared}, Mesh, C>(x, x.params.exchange + {at}, gamma_of<Head>(x.params, 0), epoch + kLayers);");
+            line!(self, "      return;");
+            line!(self, "    }}");
+        }
+        match step.stream {
+            StreamForm::Replicated => line!(self, "    Replicated<{shared}, Mesh, C> stream;"),
+            StreamForm::Scattered => line!(self, "    Scattered<{shared}, Mesh, C> stream(x.at);"),
+        }
+        line!(self, "    embed<{first}>(x, stream, gamma_of<{first}>(x.params, 0));");
+        line!(self, "#pragma unroll 1");
+        line!(self, "    for (int layer = 0; layer < kLayers; layer++) {{");
+        line!(self, "      const uint32_t now = epoch + layer + 1;");
+        line!(self, "      const bf16* gamma_after =");
+        line!(self, "          layer + 1 < kLayers ? gamma_of<{first}>(x.params, layer + 1) : gamma_of<Head>(x.params, 0);");
+        for phase in &step.layer {
+            self.phase(step, phase);
+        }
+        line!(self, "    }}");
+        if others && step.stream == StreamForm::Replicated {
+            line!(self, "    if (x.at.cta == 0) publish_stream(x, stream, x.params.exchange + kStreamAt, epoch + kLayers);");
+        }
+        line!(self, "  }}");
+    }
+
+    fn phase(&mut self, step: &Step, phase: &Phase) {
+        let p = self.program;
+        let attention = identifier(&p.attention.name);
+        let splits = step.kv_splits;
+        let next_of = |e: &Emitter<'_>, next: &Next| match next {
+            Next::SameLayer(i) => {
+                let name = e.linear_name(*i);
+                let gamma = format!("gamma_of<{name}>(x.params, layer)");
+                (name, gamma)
+            }
+            Next::NextLayer => (e.linear_name(0), "gamma_after".to_owned()),
+        };
+        line!(self, "      // {}", comment(&[p.describe(phase)]));
+        match phase {
+            Phase::Linear(i) => line!(self, "      linear<{}, C, Mesh>(x, now);", self.linear_name(*i)),
+            Phase::Attention(exchange) => line!(
+                self,
+                "      attention<{attention}, {}, Mesh, C, {splits}>(x, layer, now);",
+                self.view(exchange)
+            ),
+            Phase::CollectHeads { next, all_groups } => line!(
+                self,
+                "      collect_heads<{attention}, {}, {all_groups}, Mesh, C, {splits}>(x, now);",
+                self.linear_name(*next)
+            ),
+            Phase::Collect { exchange, next } => line!(
+                self,
+                "      collect_activation<{}, {}, Mesh, C>(x, now);",
+                self.view(exchange),
+                self.linear_name(*next)
+            ),
+            Phase::AddToStream { exchange, next } => {
+                let (name, gamma) = next_of(self, next);
+                line!(self, "      add_to_stream<{name}, {}>(x, stream, {gamma}, now);", self.view(exchange));
+            }
+            Phase::ReduceScatter { exchange, words_at } => line!(
+                self,
+                "      reduce_scatter<{}>(x, stream, x.params.exchange + {words_at}, now);",
+                self.view(exchange)
+            ),
+            Phase::GatherStream { exchange, words_at, next } => {
+                let (name, gamma) = next_of(self, next);
+                line!(
+                    self,
+                    "      gather_stream<{name}, {}, Mesh, C>(x, x.params.exchange + {words_at}, {gamma}, now);",
+                    self.view(exchange)
+                );
+            }
+        }
+    }
+}
+
+/// Names of the graph in a comment: no line breaks, no line continuation, nothing but printable ASCII.
+fn comment(names: &[String]) -> String {
+    names.join(", ").chars().filter(|c| c.is_ascii_graphic() && *c != '\\' || *c == ' ').collect()
+}

@@ -1,0 +1,118 @@
+//! The mesh: the SMs of one GPU as `groups x members`, and how a matrix is split over it.
+//!
+//! Owns the arithmetic of shares, which the device library repeats (`device/prelude.cuh`, `share_of`), and nothing else.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// A contiguous share of a whole: `count` things from `begin`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// First thing.
+    pub begin: usize,
+    /// How many.
+    pub count: usize,
+}
+
+/// Share `index` of `total` things over `parts`: the first `total % parts` shares hold one more.
+pub fn share(total: usize, parts: usize, index: usize) -> Share {
+    Share {
+        begin: index * (total / parts) + index.min(total % parts),
+        count: total / parts + usize::from(index < total % parts),
+    }
+}
+
+/// The CTAs of a launch, one to an SM. The first `groups * members` are the workers, which hold the layers; the rest only
+/// help with the LM head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mesh {
+    /// First axis. Attention heads are split along it.
+    pub groups: usize,
+    /// Second axis.
+    pub members: usize,
+    /// All CTAs, workers or not.
+    pub ctas: usize,
+}
+
+impl Mesh {
+    /// CTAs that hold a part of the layers.
+    pub fn workers(&self) -> usize {
+        self.groups * self.members
+    }
+
+    /// Group and member of a worker.
+    pub fn coordinates(&self, cta: usize) -> (usize, usize) {
+        (cta / self.members, cta % self.members)
+    }
+}
+
+impl fmt::Display for Mesh {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} groups x {} members of {} CTAs", self.groups, self.members, self.ctas)
+    }
+}
+
+/// What a mesh axis splits of a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Split {
+    /// The rows: the axis splits the output and every coordinate needs the same input.
+    Rows,
+    /// The columns: the axis splits the input and the products are partial sums.
+    Columns,
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Split::Rows => "rows",
+            Split::Columns => "columns",
+        })
+    }
+}
+
+/// How a linear's weight lies on the mesh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// What the groups split.
+    pub groups: Split,
+    /// What the members of a group split.
+    pub members: Split,
+}
+
+impl Placement {
+    /// All four.
+    pub const ALL: [Placement; 4] = [
+        Placement { groups: Split::Rows, members: Split::Rows },
+        Placement { groups: Split::Columns, members: Split::Rows },
+        Placement { groups: Split::Rows, members: Split::Columns },
+        Placement { groups: Split::Columns, members: Split::Columns },
+    ];
+}
+
+impl fmt::Display for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "groups split {}, members split {}", self.groups, self.members)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_tile_the_whole() {
+        for total in 0..40 {
+            for parts in 1..12 {
+                let mut next = 0;
+                for index in 0..parts {
+                    let share = share(total, parts, index);
+                    assert_eq!(share.begin, next, "{total} over {parts}");
+                    assert!(share.count.abs_diff(total / parts) <= 1);
+                    next += share.count;
+                }
+                assert_eq!(next, total);
+            }
+        }
+    }
+}

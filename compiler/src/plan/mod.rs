@@ -1,0 +1,161 @@
+//! The plan: where every weight lies on the mesh, and how values move between phases.
+//!
+//! Owns the choices and their predicted cost. The search enumerates meshes, placements, forms of the residual stream,
+//! and splits of attention, and keeps the cheapest that fits the GPU's shared memory; no model's plan is written down.
+//! It must not know tiles, pages or buffers: those follow from the plan in the program.
+
+mod search;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::arch::GpuModel;
+use crate::cost::StepCost;
+use crate::fuse::FusedOp;
+use crate::mesh::{Mesh, Placement};
+
+pub use search::PlanError;
+
+/// What a program is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// The GPU.
+    pub gpu: GpuModel,
+    /// Sequences that run at once, 1 to 16.
+    pub batch: usize,
+    /// Positions the KV cache holds for each sequence.
+    pub max_seq: usize,
+}
+
+impl Target {
+    /// Most columns a step computes at once: two mma operands.
+    pub const MAX_COLUMNS: usize = 16;
+
+    /// Depth of context the cost model assumes: half of what is usual in chat, or the cache's half where that is less.
+    pub fn depth(&self) -> usize {
+        self.max_seq.div_ceil(2).min(512)
+    }
+}
+
+/// How the residual stream is kept between phases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StreamForm {
+    /// Every worker holds it all: one all-reduce per linear that adds to it.
+    Replicated,
+    /// Every worker holds a share: a reduce-scatter, then an all-gather.
+    Scattered,
+}
+
+impl fmt::Display for StreamForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            StreamForm::Replicated => "replicated (all-reduce in one hop)",
+            StreamForm::Scattered => "scattered (reduce-scatter, all-gather)",
+        })
+    }
+}
+
+/// Choices of one kind of step. Prefill and decode differ in how many columns they compute at once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepPlan {
+    /// Token positions computed at once: a power of two, at most [`Target::MAX_COLUMNS`].
+    pub columns: usize,
+    /// Form of the residual stream.
+    pub stream: StreamForm,
+    /// Interleaved parts of a sequence's positions that different members attend to.
+    pub kv_splits: usize,
+    /// Predicted time.
+    pub cost: StepCost,
+}
+
+/// Where everything lies and how it moves.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The mesh.
+    pub mesh: Mesh,
+    /// Placement of each node of the layer; `None` for attention, whose heads follow the groups.
+    pub placements: Vec<Option<Placement>>,
+    /// Query heads of one KV head that share a read of K and V.
+    pub heads_per_task: usize,
+    /// Steps that fill the cache with prompt tokens, without the LM head.
+    pub prefill: StepPlan,
+    /// Steps that make one token for every sequence.
+    pub decode: StepPlan,
+    /// Bytes of weights a decode step streams.
+    pub weight_bytes: u64,
+    /// The time those bytes take at the GPU's streaming bandwidth, in microseconds: no plan is faster.
+    pub floor: f64,
+    /// How many plans were compared.
+    pub considered: usize,
+    /// Names of the layer's nodes, for display.
+    pub nodes: Vec<String>,
+}
+
+impl Plan {
+    /// Checks that the plan fits the graph: see the rules in the fused graph and below.
+    ///
+    /// 1. One placement for each linear of the layer and none for attention.
+    /// 2. Linears that write the residual stream share one placement, so that every element has one owner.
+    /// 3. A linear with a norm or a SwiGLU splits rows only where its epilogue is not linear in the products.
+    /// 4. The groups divide the KV heads.
+    pub fn verify(&self, graph: &crate::fuse::FusedGraph) -> Result<(), String> {
+        use crate::fuse::Epilogue;
+        use crate::mesh::Split;
+        if self.placements.len() != graph.layer.len() {
+            return Err(format!("{} placements for {} nodes", self.placements.len(), graph.layer.len()));
+        }
+        let mut residual = None;
+        for (node, placement) in graph.layer.iter().zip(&self.placements) {
+            match (&node.op, placement) {
+                (FusedOp::Attention(a), None) => {
+                    if a.kv_heads % self.mesh.groups != 0 {
+                        return Err(format!("{}: {} KV heads over {} groups", node.name, a.kv_heads, self.mesh.groups));
+                    }
+                }
+                (FusedOp::Linear(linear), Some(placement)) => {
+                    let splits_columns = placement.groups == Split::Columns || placement.members == Split::Columns;
+                    if linear.epilogue == Epilogue::SwiGlu && splits_columns {
+                        return Err(format!("{}: partial sums cannot pass through SwiGLU", node.name));
+                    }
+                    if linear.epilogue == Epilogue::AddResidual && *residual.get_or_insert(*placement) != *placement {
+                        return Err(format!("{}: writes the residual stream by another placement", node.name));
+                    }
+                }
+                _ => return Err(format!("{}: placement does not fit the node's kind", node.name)),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "mesh: {}", self.mesh)?;
+        for (name, placement) in self.nodes.iter().zip(&self.placements) {
+            match placement {
+                Some(placement) => writeln!(f, "  {name}: {placement}")?,
+                None => writeln!(f, "  {name}: KV heads over groups, {} query heads a task", self.heads_per_task)?,
+            }
+        }
+        for (name, step) in [("prefill", &self.prefill), ("decode", &self.decode)] {
+            writeln!(
+                f,
+                "{name}: {} columns, residual stream {}, KV in {} splits",
+                step.columns, step.stream, step.kv_splits
+            )?;
+            writeln!(
+                f,
+                "  predicted {:.0} us: layer {:.2} (stream {:.2}, chain {:.2}), head {:.1}",
+                step.cost.total, step.cost.layer, step.cost.layer_stream, step.cost.layer_chain, step.cost.head
+            )?;
+        }
+        writeln!(
+            f,
+            "weights: {:.3} GB a step, floor {:.0} us; {} plans compared",
+            self.weight_bytes as f64 / 1e9,
+            self.floor,
+            self.considered
+        )
+    }
+}

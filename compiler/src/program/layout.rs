@@ -1,0 +1,128 @@
+//! Placement in memory: the regions of shared memory with the ring, and the exchange area in global memory.
+//!
+//! Sizes follow from the phases; the formulas of what a phase keeps in scratch stand beside the device code that uses it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Attention, CONSUMER_WARPS, ExchangeLayout, Linear, Ring, Step, WORD_BYTES};
+use crate::mesh::Mesh;
+
+/// A region of a CTA's shared memory, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Region {
+    /// Name, an identifier of the generated code.
+    pub name: String,
+    /// First byte.
+    pub at: usize,
+    /// Bytes.
+    pub bytes: usize,
+}
+
+/// A CTA's shared memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedLayout {
+    /// Regions, in order.
+    pub regions: Vec<Region>,
+    /// All bytes.
+    pub bytes: usize,
+}
+
+impl fmt::Display for SharedLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "shared memory: {} B", self.bytes)?;
+        for region in &self.regions {
+            writeln!(f, "  {:>7} {:>7} {}", region.at, region.bytes, region.name)?;
+        }
+        Ok(())
+    }
+}
+
+const ALIGN: usize = 128;
+
+/// Elements of a row of bf16 in shared memory (`device/context.cuh`, `padded`).
+fn padded(width: usize) -> usize {
+    width + 8
+}
+
+/// Bytes of everything in shared memory but the ring's pages.
+pub(super) fn regions(linears: &[Linear], head: &Linear, attention: &Attention, steps: [&Step; 2]) -> Vec<(&'static str, usize)> {
+    let columns = steps.iter().map(|step| step.columns).max().unwrap_or(1);
+    let decode = steps[1].columns;
+    let width = linears.iter().chain([head]).map(Linear::width).chain([attention.width()]).max().unwrap_or(0);
+    let products = |linear: &Linear| linear.tiling.warp_k() * columns * (linear.tiling.pass_tiles * 16 + 4) * 4;
+    let warp_results = CONSUMER_WARPS * attention.heads_per_task * (attention.head_dim + 4) * 4;
+    // Candidates of the warps, the winners and the stop flag; then the sampler's histograms and thresholds.
+    let sampling = 8 * (decode * CONSUMER_WARPS + decode + 1) + decode * (2 * 256 * 4 + 4 + 4 + 8);
+    let scratch = linears.iter().map(products).chain([warp_results, sampling]).max().unwrap_or(0);
+    vec![
+        ("RingStorage", 16 * MAX_PAGES + 16),
+        ("Columns", super::super::plan::Target::MAX_COLUMNS * 24),
+        ("SumSquares", columns * CONSUMER_WARPS * 4),
+        ("Rope", columns * attention.head_dim / 2 * 8),
+        ("Scratch", scratch),
+        ("Activation", columns * padded(width) * 2),
+    ]
+}
+
+/// Pages beyond these no longer help (H100: a ring of 8 pages of 16 KB is as fast as one of 12).
+const MAX_PAGES: usize = 32;
+/// Bytes of the ring beyond which more does not help.
+const ENOUGH_RING: usize = 128 * 1024;
+
+/// Lays the regions out and gives what is left, up to what helps, to the ring. `None` where less than three pages fit.
+pub(super) fn shared_memory(mut parts: Vec<(&'static str, usize)>, page_bytes: usize, limit: usize) -> Option<(SharedLayout, Ring)> {
+    let align = |bytes: usize| bytes.next_multiple_of(ALIGN);
+    let used: usize = parts.iter().map(|(_, bytes)| align(*bytes)).sum();
+    let pages = limit.checked_sub(used)?.min(ENOUGH_RING) / page_bytes;
+    if pages < 3 {
+        return None;
+    }
+    let pages = pages.min(MAX_PAGES);
+    // Measured on the H100: two copies of 16 KB, or three of 8 KB, or five smaller ones.
+    let in_flight = match page_bytes {
+        12_289.. => 2,
+        6_145.. => 3,
+        _ => 5,
+    };
+    parts.insert(0, ("Pages", pages * page_bytes));
+    let mut at = 0;
+    let regions = parts
+        .into_iter()
+        .map(|(name, bytes)| {
+            let region = Region { name: name.to_owned(), at, bytes };
+            at += align(bytes);
+            region
+        })
+        .collect();
+    Some((SharedLayout { regions, bytes: at }, Ring { pages, page_bytes, in_flight: in_flight.min(pages - 1) }))
+}
+
+/// Gives out words of the exchange area; every buffer begins on a cache line.
+pub(super) struct Words {
+    next: usize,
+}
+
+impl Words {
+    pub(super) fn new() -> Words {
+        Words { next: 0 }
+    }
+
+    pub(super) fn take(&mut self, words: usize) -> usize {
+        let at = self.next;
+        self.next += words.next_multiple_of(ALIGN / WORD_BYTES);
+        at
+    }
+
+    /// The buffers that every program has, and the whole size.
+    pub(super) fn finish(mut self, mesh: &Mesh, stream_words: usize, decode_columns: usize) -> ExchangeLayout {
+        let stream_at = self.take(stream_words);
+        let candidates_at = self.take(decode_columns * mesh.ctas);
+        let samples_at = self.take(decode_columns * mesh.ctas);
+        let barrier_at = self.take(mesh.ctas);
+        // 64-bit counts: two step parities, two kinds, four levels of 256 bins (`device/sampling.cuh`, `Histograms`).
+        let histograms_at = self.take(2 * 2 * 4 * decode_columns * 256 / 2);
+        ExchangeLayout { stream_at, candidates_at, samples_at, barrier_at, histograms_at, words: self.next }
+    }
+}

@@ -1,0 +1,486 @@
+//! From a plan to a program: tiles, phases, exchanges.
+
+use thiserror::Error;
+
+use super::layout::{self, Words};
+use super::{
+    Along, Attention, CONSUMER_WARPS, Exchange, Linear, Next, Norm, Norms, Phase, Program, RowOrder, Step, TILE, TILE_BYTES,
+    Tiling,
+};
+use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedNorm, FusedOp, Input, WeightId};
+use crate::mesh::{Mesh, Placement, Share, Split};
+use crate::plan::{Plan, StepPlan, StreamForm, Target};
+
+/// Why a plan cannot become a program.
+#[derive(Clone, Debug, Error, PartialEq)]
+pub enum ProgramError {
+    /// A size that the tiles do not divide.
+    #[error("{node}: {what} is {size}, which is no multiple of {multiple}; the tensor cores' tiles need it to be")]
+    Tile {
+        /// The fused node.
+        node: String,
+        /// Which size.
+        what: &'static str,
+        /// Its value.
+        size: usize,
+        /// What should divide it.
+        multiple: usize,
+    },
+    /// A head width without device code.
+    #[error("{node}: heads of {head_dim} elements; 64, 128 and 256 are supported")]
+    HeadDim {
+        /// The fused node.
+        node: String,
+        /// Elements of a head.
+        head_dim: usize,
+    },
+    /// A layer whose dataflow the phases cannot express.
+    #[error("{node}: {reason}")]
+    Dataflow {
+        /// The fused node.
+        node: String,
+        /// What is the matter.
+        reason: String,
+    },
+    /// More than the GPU's shared memory.
+    #[error("the activations of {columns} columns leave no room for the weight ring in {limit} bytes of shared memory")]
+    SharedMemory {
+        /// Columns of the larger step.
+        columns: usize,
+        /// The GPU's limit.
+        limit: usize,
+    },
+}
+
+/// How much of the ring a linear's page takes, and how many row tiles a warp holds: from the fastest down to what fits
+/// wide models and small SMs.
+const TILINGS: [(usize, usize); 4] = [(16 * 1024, 4), (8 * 1024, 2), (16 * 1024, 2), (4 * 1024, 1)];
+/// A ring of this size is good enough not to try smaller pages.
+const GOOD_RING: usize = 64 * 1024;
+
+impl Program {
+    /// Makes the plan concrete for a target. The plan must fit the graph (`Plan::verify`).
+    pub fn new(graph: &FusedGraph, plan: &Plan, target: &Target) -> Result<Program, ProgramError> {
+        let mut best: Option<Program> = None;
+        for (page_bytes, tiles_per_warp) in TILINGS {
+            let program = Lowering { graph, plan, target, page_bytes, tiles_per_warp }.program()?;
+            if let Some(program) = program {
+                let ring = |p: &Program| p.ring.pages * p.ring.page_bytes;
+                let good = ring(&program) >= GOOD_RING;
+                if best.as_ref().is_none_or(|best| ring(best) < ring(&program)) {
+                    best = Some(program);
+                }
+                if good {
+                    break;
+                }
+            }
+        }
+        best.ok_or(ProgramError::SharedMemory {
+            columns: plan.prefill.columns.max(plan.decode.columns),
+            limit: target.gpu.smem_per_block_optin as usize,
+        })
+    }
+}
+
+struct Lowering<'a> {
+    graph: &'a FusedGraph,
+    plan: &'a Plan,
+    target: &'a Target,
+    page_bytes: usize,
+    tiles_per_warp: usize,
+}
+
+impl Lowering<'_> {
+    /// `None` where the shared memory does not suffice.
+    fn program(&self) -> Result<Option<Program>, ProgramError> {
+        let (graph, plan, mesh) = (self.graph, self.plan, &self.plan.mesh);
+        let mut norms = NormTable::new(graph);
+        let mut linears = Vec::new();
+        // Index in `linears` of each linear node of the layer.
+        let mut index_of = vec![None; graph.layer.len()];
+        let mut attention = None;
+        for (i, node) in graph.layer.iter().enumerate() {
+            match (&node.op, plan.placements[i]) {
+                (FusedOp::Linear(linear), Some(placement)) => {
+                    index_of[i] = Some(linears.len());
+                    let heads = graph.layer.iter().any(|n| matches!(&n.op, FusedOp::Attention(a) if a.qkv == i));
+                    linears.push(self.linear(&node.name, &node.sources, linear, placement, heads, &mut norms)?);
+                }
+                (FusedOp::Attention(a), _) => attention = Some((i, node, a)),
+                (FusedOp::Linear(_), None) => return Err(dataflow(&node.name, "the plan gives it no placement")),
+            }
+        }
+        let Some((attention_node, node, fused)) = attention else {
+            return Err(dataflow(&graph.name, "a layer without attention"));
+        };
+        let qkv = index_of[fused.qkv].ok_or_else(|| dataflow(&node.name, "q, k and v do not come from a linear"))?;
+        let mut attention = self.attention(&node.name, &node.sources, fused, qkv, &mut norms)?;
+        let mut head = self.head(&graph.head, &mut norms)?;
+        let norms = norms.finish(graph, &mut linears, &mut head, &mut attention);
+
+        let mut words = Words::new();
+        let columns = plan.prefill.columns.max(plan.decode.columns);
+        for linear in &mut linears {
+            linear.words_at = words.take(mesh.workers() * columns * linear.words());
+        }
+        let step_of = |plan: &StepPlan| Step {
+            columns: plan.columns,
+            stream: plan.stream,
+            kv_splits: plan.kv_splits,
+            layer: Vec::new(),
+        };
+        let (mut prefill, mut decode) = (step_of(&plan.prefill), step_of(&plan.decode));
+        let task_words = |step: &Step| attention.tasks(step) * attention.heads_per_task * attention.task_words(step);
+        attention.words_at = words.take(mesh.groups * task_words(&prefill).max(task_words(&decode)));
+
+        // The stream's units: words of the linears that write it, those that lie side by side.
+        let layer = LayerShape { graph, linears: &linears, index_of: &index_of, attention_node };
+        let writers: Vec<usize> =
+            (0..linears.len()).filter(|&l| linears[l].epilogue == Epilogue::AddResidual).collect();
+        let gathered: Vec<(usize, usize)> = writers
+            .iter()
+            .map(|&l| {
+                let exchange = stream_exchange(l, &linears[l]);
+                (l, words.take(side_by_side(&exchange, mesh) * columns * linears[l].words()))
+            })
+            .collect();
+        for step in [&mut prefill, &mut decode] {
+            step.layer = layer.phases(step.stream, &gathered)?;
+        }
+        let stream_words = gathered.first().map_or(0, |&(l, _)| {
+            side_by_side(&stream_exchange(l, &linears[l]), mesh) * columns * linears[l].words()
+        });
+        let exchange = words.finish(mesh, stream_words, decode.columns);
+
+        let regions = layout::regions(&linears, &head, &attention, [&prefill, &decode]);
+        let page = linears.iter().chain([&head]).map(|l| l.tiling.page_bytes()).max().unwrap_or(TILE_BYTES);
+        let limit = self.target.gpu.smem_per_block_optin as usize;
+        let Some((shared, ring)) = layout::shared_memory(regions, page, limit) else {
+            return Ok(None);
+        };
+        Ok(Some(Program {
+            name: graph.name.clone(),
+            plan: plan.clone(),
+            mesh: *mesh,
+            layers: graph.layers,
+            hidden: graph.hidden,
+            vocab: graph.vocab,
+            slots: self.target.batch,
+            max_seq: self.target.max_seq,
+            weights: graph.weights.clone(),
+            embedding: graph.embedding,
+            linears,
+            attention,
+            head,
+            norms,
+            prefill,
+            decode,
+            exchange,
+            ring,
+            shared,
+        }))
+    }
+
+    fn linear(
+        &self,
+        name: &str,
+        sources: &[String],
+        linear: &FusedLinear,
+        placement: Placement,
+        makes_heads: bool,
+        norms: &mut NormTable,
+    ) -> Result<Linear, ProgramError> {
+        let mesh = &self.plan.mesh;
+        let parts = self.parts(linear);
+        let rows: usize = parts.iter().map(|(_, rows)| rows).sum();
+        let columns = self.graph.weights[linear.parts[0].0 as usize].shape[1];
+        tile(name, "the input's width", columns, TILE)?;
+        let (order, row_units, unit_tiles) = if makes_heads {
+            tile(name, "a group's rows", rows / mesh.groups, TILE)?;
+            (RowOrder::ByGroup { groups: mesh.groups }, mesh.groups, rows / mesh.groups / TILE)
+        } else if linear.epilogue == Epilogue::SwiGlu {
+            tile(name, "the output's width", parts[0].1, TILE)?;
+            (RowOrder::Interleaved, parts[0].1 / TILE, 2)
+        } else {
+            tile(name, "the output's width", rows, TILE)?;
+            (RowOrder::Stacked, rows / TILE, 1)
+        };
+        let mut lowered = Linear {
+            name: name.to_owned(),
+            sources: sources.to_vec(),
+            parts,
+            columns,
+            order,
+            epilogue: linear.epilogue,
+            norm: linear.norm.map(|norm| norms.add(norm)),
+            placement,
+            row_units,
+            unit_tiles,
+            k_tiles: columns / TILE,
+            tiling: EMPTY_TILING,
+            words_at: 0,
+        };
+        let slices: Vec<(Share, Share)> = (0..mesh.workers())
+            .map(|cta| mesh.coordinates(cta))
+            .map(|(group, member)| lowered.slice(mesh, group, member))
+            .collect();
+        lowered.tiling = self.tiling(&slices, 1);
+        Ok(lowered)
+    }
+
+    fn head(&self, head: &FusedLinear, norms: &mut NormTable) -> Result<Linear, ProgramError> {
+        let columns = self.graph.hidden;
+        tile("head", "the input's width", columns, TILE)?;
+        let mut lowered = Linear {
+            name: "head".to_owned(),
+            sources: Vec::new(),
+            parts: self.parts(head),
+            columns,
+            order: RowOrder::Stacked,
+            epilogue: Epilogue::Store,
+            norm: head.norm.map(|norm| norms.add_last(norm)),
+            placement: Placement { groups: Split::Rows, members: Split::Rows },
+            row_units: self.graph.vocab.div_ceil(TILE),
+            unit_tiles: 1,
+            k_tiles: columns / TILE,
+            tiling: EMPTY_TILING,
+            words_at: 0,
+        };
+        let ctas = self.plan.mesh.ctas;
+        let slices: Vec<(Share, Share)> = (0..ctas)
+            .map(|cta| {
+                (crate::mesh::share(lowered.row_units, ctas, cta), Share { begin: 0, count: lowered.k_tiles })
+            })
+            .collect();
+        // Whole rows to a warp: the many rows of a head need no sum over the warps.
+        lowered.tiling = self.tiling(&slices, CONSUMER_WARPS);
+        Ok(lowered)
+    }
+
+    fn parts(&self, linear: &FusedLinear) -> Vec<(WeightId, usize)> {
+        linear.parts.iter().map(|&weight| (weight, self.graph.weights[weight.0 as usize].shape[0])).collect()
+    }
+
+    fn attention(
+        &self,
+        name: &str,
+        sources: &[String],
+        fused: &FusedAttention,
+        qkv: usize,
+        norms: &mut NormTable,
+    ) -> Result<Attention, ProgramError> {
+        if ![64, 128, 256].contains(&fused.head_dim) {
+            return Err(ProgramError::HeadDim { node: name.to_owned(), head_dim: fused.head_dim });
+        }
+        Ok(Attention {
+            name: name.to_owned(),
+            sources: sources.to_vec(),
+            qkv,
+            heads: fused.heads / self.plan.mesh.groups,
+            kv_heads: fused.kv_heads / self.plan.mesh.groups,
+            head_dim: fused.head_dim,
+            heads_per_task: self.plan.heads_per_task,
+            scale: fused.scale,
+            q_norm: fused.q_norm.map(|norm| norms.add(norm)),
+            k_norm: fused.k_norm.map(|norm| norms.add(norm)),
+            rope: fused.rope,
+            words_at: 0,
+        })
+    }
+
+    fn tiling(&self, slices: &[(Share, Share)], warp_rows: usize) -> Tiling {
+        let rows = slices.iter().map(|(rows, _)| rows.count).max().unwrap_or(0).max(1);
+        let k = slices.iter().map(|(_, k)| k.count).max().unwrap_or(0).max(1);
+        let page_tiles = self.page_bytes / TILE_BYTES;
+        let warp_k = CONSUMER_WARPS / warp_rows;
+        // A page holds at least one column tile of every warp.
+        let most = if warp_rows == 1 { self.tiles_per_warp.min(page_tiles / warp_k) } else { 1 };
+        let passes = rows.div_ceil(most * warp_rows);
+        let tiles_per_warp = rows.div_ceil(passes * warp_rows);
+        let pass_tiles = tiles_per_warp * warp_rows;
+        let of_warp = (page_tiles / (pass_tiles * warp_k)).clamp(1, k.div_ceil(warp_k));
+        let page_k = warp_k * of_warp;
+        Tiling {
+            rows,
+            k,
+            rows_exact: rows % pass_tiles == 0 && slices.iter().all(|(r, _)| r.count == rows),
+            k_exact: k % page_k == 0 && slices.iter().all(|(_, s)| s.count == k),
+            passes,
+            pass_tiles,
+            tiles_per_warp,
+            warp_rows,
+            page_k,
+        }
+    }
+}
+
+const EMPTY_TILING: Tiling = Tiling {
+    rows: 0,
+    k: 0,
+    rows_exact: false,
+    k_exact: false,
+    passes: 0,
+    pass_tiles: 0,
+    tiles_per_warp: 0,
+    warp_rows: 1,
+    page_k: 0,
+};
+
+fn tile(node: &str, what: &'static str, size: usize, multiple: usize) -> Result<(), ProgramError> {
+    if size == 0 || size % multiple != 0 {
+        return Err(ProgramError::Tile { node: node.to_owned(), what, size, multiple });
+    }
+    Ok(())
+}
+
+fn dataflow(node: &str, reason: &str) -> ProgramError {
+    ProgramError::Dataflow { node: node.to_owned(), reason: reason.to_owned() }
+}
+
+/// Collects the gammas; offsets are known once all of a layer's are.
+struct NormTable {
+    layer: Vec<(WeightId, usize)>,
+    stride: usize,
+    last: Option<WeightId>,
+    lengths: Vec<usize>,
+}
+
+impl NormTable {
+    fn new(graph: &FusedGraph) -> NormTable {
+        let lengths = graph.weights.iter().map(|weight| weight.shape.iter().product()).collect();
+        NormTable { layer: Vec::new(), stride: 0, last: None, lengths }
+    }
+
+    fn add(&mut self, norm: FusedNorm) -> Norm {
+        let at = self.stride;
+        self.layer.push((norm.gamma, at));
+        self.stride += self.lengths[norm.gamma.0 as usize].next_multiple_of(8);
+        Norm { gamma_at: at, gamma_stride: 0, eps: norm.eps }
+    }
+
+    fn add_last(&mut self, norm: FusedNorm) -> Norm {
+        self.last = Some(norm.gamma);
+        Norm { gamma_at: 0, gamma_stride: 0, eps: norm.eps }
+    }
+
+    fn finish(self, graph: &FusedGraph, linears: &mut [Linear], head: &mut Linear, attention: &mut Attention) -> Norms {
+        let of_layer = linears.iter_mut().filter_map(|linear| linear.norm.as_mut());
+        for norm in of_layer.chain(attention.q_norm.as_mut()).chain(attention.k_norm.as_mut()) {
+            norm.gamma_stride = self.stride;
+        }
+        let last_at = graph.layers * self.stride;
+        if let Some(norm) = &mut head.norm {
+            norm.gamma_at = last_at;
+        }
+        let last = self.last.map_or(0, |weight| self.lengths[weight.0 as usize]);
+        Norms { layer: self.layer, layer_stride: self.stride, last: self.last, len: last_at + last }
+    }
+}
+
+/// How many coordinates' words a reader takes side by side.
+fn side_by_side(exchange: &Exchange, mesh: &Mesh) -> usize {
+    let along = |a: Along, size: usize| if a == Along::Concat { size } else { 1 };
+    along(exchange.groups, mesh.groups) * along(exchange.members, mesh.members)
+}
+
+fn along(split: Split, everything: bool) -> Along {
+    match (split, everything) {
+        (Split::Columns, _) => Along::Sum,
+        (Split::Rows, true) => Along::Concat,
+        (Split::Rows, false) => Along::Own,
+    }
+}
+
+/// A linear's output as a whole.
+fn stream_exchange(source: usize, linear: &Linear) -> Exchange {
+    Exchange {
+        source,
+        groups: along(linear.placement.groups, true),
+        members: along(linear.placement.members, true),
+    }
+}
+
+struct LayerShape<'a> {
+    graph: &'a FusedGraph,
+    linears: &'a [Linear],
+    index_of: &'a [Option<usize>],
+    attention_node: usize,
+}
+
+impl LayerShape<'_> {
+    fn phases(&self, form: StreamForm, gathered: &[(usize, usize)]) -> Result<Vec<Phase>, ProgramError> {
+        let mut phases = Vec::new();
+        let mut stream_is_ready = true;
+        for (i, node) in self.graph.layer.iter().enumerate() {
+            let linear = match &node.op {
+                FusedOp::Attention(a) => {
+                    let qkv = self.index_of[a.qkv].ok_or_else(|| dataflow(&node.name, "q, k and v do not come from a linear"))?;
+                    let placement = self.linears[qkv].placement;
+                    if placement.groups != Split::Rows {
+                        return Err(dataflow(&node.name, "q, k and v are partial sums over groups"));
+                    }
+                    phases.push(Phase::Attention(Exchange {
+                        source: qkv,
+                        groups: Along::Own,
+                        members: along(placement.members, true),
+                    }));
+                    continue;
+                }
+                FusedOp::Linear(linear) => linear,
+            };
+            let Some(index) = self.index_of[i] else {
+                return Err(dataflow(&node.name, "not lowered"));
+            };
+            match linear.input {
+                Input::Residual if !stream_is_ready => {
+                    return Err(dataflow(
+                        &node.name,
+                        "it reads the residual stream, but not right after a node that writes it; such a layer is not supported yet",
+                    ));
+                }
+                Input::Residual => stream_is_ready = false,
+                Input::Node(from) if from == self.attention_node => phases.push(Phase::CollectHeads {
+                    next: index,
+                    all_groups: self.linears[index].placement.groups == Split::Rows,
+                }),
+                Input::Node(from) => {
+                    let source = self.index_of[from].ok_or_else(|| dataflow(&node.name, "its input is no linear"))?;
+                    let (from, to) = (&self.linears[source], &self.linears[index]);
+                    let exchange = Exchange {
+                        source,
+                        groups: along(from.placement.groups, to.placement.groups == Split::Rows),
+                        members: along(from.placement.members, true),
+                    };
+                    phases.push(Phase::Collect { exchange, next: index });
+                }
+            }
+            phases.push(Phase::Linear(index));
+            if linear.epilogue == Epilogue::AddResidual {
+                let exchange = stream_exchange(index, &self.linears[index]);
+                let next = self.reader_after(i);
+                match form {
+                    StreamForm::Replicated => phases.push(Phase::AddToStream { exchange, next }),
+                    StreamForm::Scattered => {
+                        let words_at = gathered.iter().find(|(l, _)| *l == index).map_or(0, |&(_, at)| at);
+                        phases.push(Phase::ReduceScatter { exchange, words_at });
+                        phases.push(Phase::GatherStream { exchange, words_at, next });
+                    }
+                }
+                stream_is_ready = true;
+            }
+        }
+        Ok(phases)
+    }
+
+    /// The next linear that reads the residual stream.
+    fn reader_after(&self, node: usize) -> Next {
+        self.graph.layer[node + 1..]
+            .iter()
+            .zip(&self.index_of[node + 1..])
+            .find_map(|(n, index)| match &n.op {
+                FusedOp::Linear(FusedLinear { input: Input::Residual, .. }) => *index,
+                _ => None,
+            })
+            .map_or(Next::NextLayer, Next::SameLayer)
+    }
+}

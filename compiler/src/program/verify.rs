@@ -1,0 +1,1 @@
+//! Rules of a program, checked after lowering.
