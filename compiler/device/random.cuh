@@ -7,10 +7,10 @@
 namespace mirage {
 
 // SplitMix64's increment: 2^64 / golden ratio, made odd.
-constexpr uint64_t kGamma = 0x9e3779b97f4a7c15ull;
+constexpr uint64_t kSplitMixGamma = 0x9e3779b97f4a7c15ull;
 
 // ln 2 in two parts. The first has 9 significant bits, so its product with a small integer is exact.
-constexpr float kLn2High = 0.693359375f;
+constexpr float kLn2High = 355.f / 512.f;
 constexpr float kLn2Low = -2.1219444e-4f;
 
 // SplitMix64's finalizer.
@@ -23,12 +23,12 @@ MIRAGE_DEVICE uint64_t mix(uint64_t x) {
 // The generator's state for one position of one sequence: once per chosen token, not per logit.
 MIRAGE_DEVICE uint64_t stream_key(uint64_t seed, uint32_t sequence, uint32_t position) {
   const uint64_t place = static_cast<uint64_t>(sequence) << 32 | position;
-  return mix(mix(seed + kGamma) ^ place);
+  return mix(mix(seed + kSplitMixGamma) ^ place);
 }
 
 // 32 random bits for `token`.
 MIRAGE_DEVICE uint32_t random_bits(uint64_t stream, uint32_t token) {
-  return static_cast<uint32_t>(mix(stream + (static_cast<uint64_t>(token) + 1) * kGamma) >> 32);
+  return static_cast<uint32_t>(mix(stream + (static_cast<uint64_t>(token) + 1) * kSplitMixGamma) >> 32);
 }
 
 // Natural logarithm of a positive normal number.
