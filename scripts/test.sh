@@ -13,7 +13,7 @@ cargo fmt --all --check
 step "device sources are formatted"
 # The wheel's own binary: its start script needs the environment that it was installed in.
 clang_format=$(find .venv -path '*/clang_format/data/bin/clang-format' -print -quit)
-git ls-files -z -- '*.cu' '*.cuh' ':!snapshots' | xargs -0 --no-run-if-empty "$clang_format" --dry-run --Werror
+git ls-files -z --cached --others --exclude-standard -- '*.cu' '*.cuh' ':!snapshots' | xargs -0 --no-run-if-empty "$clang_format" --dry-run --Werror
 
 step "clippy"
 cargo clippy --workspace --all-targets --locked --quiet -- -D warnings

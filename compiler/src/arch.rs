@@ -117,7 +117,8 @@ fn closest(given: &str) -> Option<Arch> {
             .into_iter()
             .map(|arch| (strsim::damerau_levenshtein(arch.name(), given), arch))
             .filter(|&(distance, _)| distance <= 2)
-            .min()
+            // What was cut short comes before what was mistyped.
+            .min_by_key(|&(distance, arch)| (!arch.name().starts_with(given), distance))
             .map(|(_, arch)| arch)
     })
 }

@@ -162,6 +162,27 @@ impl CubinCache {
     }
 }
 
+/// Compiles with what this machine has: the NVRTC that is found, through the user's cache
+/// where there can be one.
+///
+/// # Errors
+///
+/// Those of [`Nvrtc::find`] and [`Nvrtc::compile`].
+pub fn fetch(source: &Source, arch: Arch, options: &Options) -> Result<Fetched, NvrtcError> {
+    let nvrtc = Nvrtc::find()?;
+    match CubinCache::open() {
+        Ok(cache) => cache.compile(&nvrtc, source, arch, options),
+        Err(error) => {
+            let compiled = nvrtc.compile(source, arch, options)?;
+            Ok(Fetched {
+                compiled,
+                hit: false,
+                not_kept: Some(error.to_string()),
+            })
+        }
+    }
+}
+
 /// Names everything that the cubin depends on.
 fn key(nvrtc: &Nvrtc, source: &Source, arch: Arch, options: &Options) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();

@@ -32,7 +32,12 @@ pub(super) const OLDEST_MAJOR: u32 = MAJORS[MAJORS.len() - 1];
 const IN_WHEEL: [&str; 2] = ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"];
 
 /// Where a toolkit has it.
-const IN_TOOLKIT: [&str; 4] = ["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"];
+const IN_TOOLKIT: [&str; 4] = [
+    "lib64",
+    "lib",
+    "targets/x86_64-linux/lib",
+    "targets/sbsa-linux/lib",
+];
 
 /// What the search depends on, apart from the file system.
 #[derive(Clone, Debug, Default)]

@@ -4,9 +4,9 @@
 //! has, and turning its answers into ours. It must not know what the source means,
 //! and it must not cache: [`crate::cubin_cache`] does.
 //!
-//! This is the one place where the compiler library reaches outside the process
-//! (it opens a library; [`Nvrtc::find`] lists where it looks). All files of the source
-//! are handed over in memory, and nothing is written.
+//! With the cache it is the one part of the compiler library that reaches outside the process
+//! (it opens a library; [`Nvrtc::find`] lists where it looks), and no stage uses it. All files
+//! of the source are handed over in memory, and nothing is written.
 //!
 //! Threads: an [`Nvrtc`] may be shared and called from any thread. Compilations of one
 //! process run one after the other under a lock of ours, so nothing is relied on that
