@@ -50,7 +50,8 @@ struct Attention {
   static_assert(kHeads % kKvHeads == 0, "the KV heads must divide the query heads");
   static_assert(kHeadDim % kVector == 0 && kLanes <= kWarp && (kLanes & (kLanes - 1)) == 0,
                 "a head must be 8, 16, 32, 64, 128 or 256 elements");
-  static_assert(kWarps * kQueries * kPartial * sizeof(float) <= 40 * 1024, "the parts of the warps must fit in shared memory");
+  static_assert(kWarps * kQueries * kPartial * sizeof(float) <= 40 * 1024,
+                "the parts of the warps must fit in shared memory");
 
   MIRAGE_DEVICE static uint32_t query_row(uint32_t query) { return query / kGroup; }
 

@@ -44,9 +44,7 @@ MIRAGE_DEVICE uint4 pack(const float (&in)[kVector]) {
 }
 
 // Vector `index` of values that start at a multiple of 16 bytes.
-MIRAGE_DEVICE uint4 load(const bf16_t* values, uint64_t index) {
-  return reinterpret_cast<const uint4*>(values)[index];
-}
+MIRAGE_DEVICE uint4 load(const bf16_t* values, uint64_t index) { return reinterpret_cast<const uint4*>(values)[index]; }
 MIRAGE_DEVICE void store(bf16_t* values, uint64_t index, const uint4& vector) {
   reinterpret_cast<uint4*>(values)[index] = vector;
 }

@@ -1,5 +1,5 @@
-// Writes the keys and values of every row to its sequence's cache. Cache layout: [slot][kv_head][position][head_dim], so
-// that one head's positions lie one after the other. A thread copies one vector of k and one of v.
+// Writes the keys and values of every row to its sequence's cache. Cache layout: [slot][kv_head][position][head_dim],
+// so that one head's positions lie one after the other. A thread copies one vector of k and one of v.
 #pragma once
 
 #include "common.cuh"

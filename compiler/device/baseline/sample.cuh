@@ -25,11 +25,11 @@ struct Sampling {
 
 // What the launches for one row hand on to each other. All zero between steps.
 struct SampleState {
-  uint64_t best;       // key of the best token in the upper half, the token's complement in the lower
-  uint64_t target;     // what the kept logits' values must still sum to
-  uint32_t max_key;    // of the largest logit
-  uint32_t cutoff;     // key of the smallest logit kept so far
-  uint32_t prefix;     // digits found so far, in place
+  uint64_t best;     // key of the best token in the upper half, the token's complement in the lower
+  uint64_t target;   // what the kept logits' values must still sum to
+  uint32_t max_key;  // of the largest logit
+  uint32_t cutoff;   // key of the smallest logit kept so far
+  uint32_t prefix;   // digits found so far, in place
   uint32_t arrived;
 };
 
@@ -50,9 +50,7 @@ struct SampleParams {
 };
 
 // The number that an order key stands for.
-MIRAGE_DEVICE float key_value(uint32_t key) {
-  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
-}
+MIRAGE_DEVICE float key_value(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
 MIRAGE_DEVICE uint64_t block_max(uint64_t value) {
   __shared__ uint64_t scratch[kSampleThreads / kWarp];
@@ -70,7 +68,8 @@ MIRAGE_DEVICE uint64_t block_max(uint64_t value) {
 template <typename Function>
 MIRAGE_DEVICE void for_each_logit(const SampleParams& p, Function function) {
   const float* logits = p.logits + static_cast<uint64_t>(blockIdx.y) * p.vocab;
-  for (uint32_t token = blockIdx.x * kSampleThreads + threadIdx.x; token < p.vocab; token += gridDim.x * kSampleThreads) {
+  for (uint32_t token = blockIdx.x * kSampleThreads + threadIdx.x; token < p.vocab;
+       token += gridDim.x * kSampleThreads) {
     function(token, logits[token]);
   }
 }
@@ -89,9 +88,7 @@ MIRAGE_DEVICE bool best_of_row(const SampleParams& p, Key key) {
   return is_last_block(&state.arrived, gridDim.x) && threadIdx.x == 0;
 }
 
-MIRAGE_DEVICE const Sampling& sampling_of(const SampleParams& p) {
-  return p.sampling[p.slot[p.row[blockIdx.y]]];
-}
+MIRAGE_DEVICE const Sampling& sampling_of(const SampleParams& p) { return p.sampling[p.slot[p.row[blockIdx.y]]]; }
 
 // The largest logit, which the weights of top-p are relative to. Before the selections.
 extern "C" __global__ void sample_max(const SampleParams p) {
