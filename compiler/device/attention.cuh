@@ -21,8 +21,9 @@ struct AttentionTasks {
   // Words of one head of one task: its values, and with more than one split the maximum and the sum.
   static constexpr int kValueWords = ceil_div(A::kHeadDim, kValuesPerWord);
   static constexpr int kWords = kValueWords + (S > 1 ? 1 : 0);
-  MIRAGE_DEVICE static uint4* words(uint4* exchange, int group, int task, int head) {
-    return exchange + A::kWordsAt + ((group * kCount + task) * A::kHeadsPerTask + head) * kWords;
+  // Where the words of a head of a task begin in the exchange area.
+  MIRAGE_DEVICE static int words(int group, int task, int head) {
+    return A::kWordsAt + ((group * kCount + task) * A::kHeadsPerTask + head) * kWords;
   }
 };
 
@@ -244,7 +245,7 @@ MIRAGE_DEVICE float2 merged_max_sum(const float* scratch, int head) {
 template <class A, class Mesh, int C, int S, class R>
 MIRAGE_DEVICE void publish_task(Context<R>& x, int task, uint32_t epoch) {
   typedef AttentionTasks<A, Mesh, C, S> T;
-  uint4* to = T::words(x.params.exchange, x.at.group, task, 0);
+  uint4* to = x.params.exchange + T::words(x.at.group, task, 0);
   publish_values<A::kHeadsPerTask, T::kValueWords>(to, T::kWords, A::kHeadDim, epoch, x.at, [&](int head, int e) {
     const float2 total = merged_max_sum<A>(x.scratch, head);
     float v = 0.f;
@@ -265,6 +266,7 @@ MIRAGE_DEVICE void publish_task(Context<R>& x, int task, uint32_t epoch) {
 // The attention phase of a worker. Q: the exchange that brings q, k and v.
 template <class A, class Q, class Mesh, int C, int S, class R>
 MIRAGE_DEVICE void attention(Context<R>& x, int layer, uint32_t epoch) {
+  x.begin_phase();
   typedef AttentionTasks<A, Mesh, C, S> T;
   typedef KvTile<A> Tile;
   constexpr int H = A::kHeadsPerTask;
@@ -360,86 +362,104 @@ MIRAGE_DEVICE void attention(Context<R>& x, int layer, uint32_t epoch) {
   }
 }
 
+// What collect_heads walks: words of heads of columns. A unit is one word of one head of one column.
+template <class A, class Next, bool kAllGroups, class Mesh, int C, int S>
+struct HeadUnits {
+  typedef AttentionTasks<A, Mesh, C, S> T;
+  static constexpr int kHeads = A::kHeads * (kAllGroups ? Mesh::kGroups : 1);
+  static constexpr int kCount = C * kHeads * T::kValueWords;
+  int word, head, column;
+  MIRAGE_DEVICE explicit HeadUnits(int unit)
+      : word(unit % T::kValueWords), head(unit / T::kValueWords % kHeads), column(unit / T::kValueWords / kHeads) {}
+
+  // Where the head's words of split 0 begin; those of split s lie s * kSplitStride further on.
+  static constexpr int kSplitStride = A::kHeadsPerTask * T::kWords;
+  MIRAGE_DEVICE int words(const Place& at) const {
+    const int group = kAllGroups ? head / A::kHeads : at.group, local = head % A::kHeads;
+    const int block = local / A::kHeadsPerTask;  // over all KV heads of the group: heads of a KV head are neighbours
+    return T::words(group, (column * A::kKvHeads * T::kHeadBlocks + block) * S, local % A::kHeadsPerTask);
+  }
+  template <class R>
+  MIRAGE_DEVICE void store(Context<R>& x, const Values& values) const {
+    const Share k = slice_of<Next, Mesh>(x.at.group, x.at.member).k;
+    const int first_head = kAllGroups ? 0 : x.at.group * A::kHeads;
+    const Span span{(first_head + head) * A::kHeadDim + word * kValuesPerWord,
+                    min_of(kValuesPerWord, A::kHeadDim - word * kValuesPerWord)};
+    store_span(x.activation + column * padded(Next::kWidth), span, values, k.begin * 16, k.count * 16);
+  }
+};
+
 // Gathers the heads of all columns, merges their splits, and writes them as the operand of linear Next.
 // kAllGroups: the next linear needs every group's heads, not only its own group's.
 template <class A, class Next, bool kAllGroups, class Mesh, int C, int S, class R>
 MIRAGE_DEVICE void collect_heads(Context<R>& x, uint32_t epoch) {
-  typedef AttentionTasks<A, Mesh, C, S> T;
-  constexpr int kHeads = A::kHeads * (kAllGroups ? Mesh::kGroups : 1);
-  constexpr int kUnits = C * kHeads * T::kValueWords;
-  constexpr int kAtOnce = S == 1 ? 4 : 1;  // units
-  constexpr int kSplitsAtOnce = min_of(S, 8);
-  const Share k = slice_of<Next, Mesh>(x.at.group, x.at.member).k;
+  x.begin_phase();
+  typedef HeadUnits<A, Next, kAllGroups, Mesh, C, S> U;
+  if (S == 1) {
+    constexpr int kBatch = batch_of(ceil_div(U::kCount, kConsumers), 4);
 #pragma unroll 1
-  for (int u0 = x.at.thread; u0 < kUnits; u0 += kConsumers * kAtOnce) {
-    float max = kNoScore, sum = 0.f;
-    Values merged[kAtOnce];
-    int word[kAtOnce], head[kAtOnce], column[kAtOnce];
+    for (int first = x.at.thread; first < U::kCount; first += kConsumers * kBatch) {
+      int from[kBatch];
+      uint4 got[kBatch];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; i++) {
-      const int unit = u0 + i * kConsumers;
-      word[i] = unit % T::kValueWords;
-      head[i] = unit / T::kValueWords % kHeads;
-      column[i] = unit / T::kValueWords / kHeads;
-      merged[i] = Values{{0.f, 0.f, 0.f, 0.f, 0.f, 0.f}};
+      for (int i = 0; i < kBatch; i++) {
+        const U unit(first + i * kConsumers);
+        from[i] = first + i * kConsumers < U::kCount ? unit.words(x.at) + unit.word : -1;
+      }
+      await_words(got, x.params.exchange, from, epoch);
+#pragma unroll
+      for (int i = 0; i < kBatch; i++)
+        if (from[i] >= 0) U(first + i * kConsumers).store(x, unpack(got[i]));
     }
+  } else {
+    // The splits of a unit are shared by neighbouring lanes.
+    constexpr int kLanes = S >= 4 ? 4 : 2, kSplits = ceil_div(S, kLanes), kBatch = batch_of(kSplits, 4);
+    const int lane = x.at.thread % kLanes;
 #pragma unroll 1
-    for (int s0 = 0; s0 < S; s0 += kSplitsAtOnce) {
-      constexpr int kWordsOfSplit = S == 1 ? 1 : 2;
-      const uint4* from[kAtOnce * kSplitsAtOnce * kWordsOfSplit];
-      uint4 got[kAtOnce * kSplitsAtOnce * kWordsOfSplit];
+    for (int first = 0; first < U::kCount; first += kConsumers / kLanes) {
+      const int index = first + x.at.thread / kLanes;
+      const U unit(min_of(index, U::kCount - 1));
+      const int words = unit.words(x.at);
+      float max = kNoScore, sum = 0.f;
+      Values merged{{0.f, 0.f, 0.f, 0.f, 0.f, 0.f}};
+#pragma unroll 1
+      for (int s0 = 0; s0 < kSplits; s0 += kBatch) {
+        int from[2 * kBatch];
+        uint4 got[2 * kBatch];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++)
-#pragma unroll
-        for (int s = 0; s < kSplitsAtOnce; s++) {
-          const int group = kAllGroups ? head[i] / A::kHeads : x.at.group, local = head[i] % A::kHeads;
-          const int block = local / A::kHeadsPerTask;  // over all KV heads of the group: heads of a KV head are neighbours
-          const int task = (column[i] * A::kKvHeads * T::kHeadBlocks + block) * S + s0 + s;
-          const uint4* words = T::words(x.params.exchange, group, task, local % A::kHeadsPerTask);
-          const bool on = u0 + i * kConsumers < kUnits && s0 + s < S;
-          const int at = (i * kSplitsAtOnce + s) * kWordsOfSplit;
-          from[at] = on ? words + word[i] : nullptr;
-          if (S > 1) from[at + kWordsOfSplit - 1] = on ? words + T::kValueWords : nullptr;
+        for (int s = 0; s < kBatch; s++) {
+          const int split = (s0 + s) * kLanes + lane;
+          const int at = split < S ? words + split * U::kSplitStride : -1;
+          from[2 * s] = at >= 0 ? at + unit.word : -1;
+          from[2 * s + 1] = at >= 0 ? at + U::T::kValueWords : -1;
         }
-      await_words(got, from, epoch);
-      if (S == 1) {
+        await_words(got, x.params.exchange, from, epoch);
 #pragma unroll
-        for (int i = 0; i < kAtOnce; i++)
-          if (from[i]) merged[i] = unpack(got[i]);
-      } else {
-        float new_max = max;
+        for (int s = 0; s < kBatch; s++)
+          if (from[2 * s] >= 0) {
+            const float other = __uint_as_float(got[2 * s + 1].x), new_max = fmaxf(max, other);
+            const float keep = exp2_fast(max - new_max), weight = exp2_fast(other - new_max);
+            const Values part = unpack(got[2 * s]);
+            max = new_max;
+            sum = sum * keep + weight * __uint_as_float(got[2 * s + 1].y);
 #pragma unroll
-        for (int s = 0; s < kSplitsAtOnce; s++)
-          if (from[s * kWordsOfSplit]) new_max = fmaxf(new_max, __uint_as_float(got[s * kWordsOfSplit + kWordsOfSplit - 1].x));
-        const float keep = exp2_fast(max - new_max);
-        max = new_max;
-        sum *= keep;
-#pragma unroll
-        for (int e = 0; e < kValuesPerWord; e++) merged[0].v[e] *= keep;
-#pragma unroll
-        for (int s = 0; s < kSplitsAtOnce; s++)
-          if (from[s * kWordsOfSplit]) {
-            const uint4& total = got[s * kWordsOfSplit + kWordsOfSplit - 1];
-            const float weight = exp2_fast(__uint_as_float(total.x) - max);
-            const Values part = unpack(got[s * kWordsOfSplit]);
-            sum += weight * __uint_as_float(total.y);
-#pragma unroll
-            for (int e = 0; e < kValuesPerWord; e++) merged[0].v[e] += weight * part.v[e];
+            for (int e = 0; e < kValuesPerWord; e++) merged.v[e] = merged.v[e] * keep + weight * part.v[e];
           }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; i++) {
-      if (u0 + i * kConsumers >= kUnits) continue;
-      if (S > 1) {
-        const float scale = sum > 0.f ? 1.f / sum : 0.f;
+      for (int o = kLanes / 2; o > 0; o /= 2) {
+        const float other = __shfl_xor_sync(~0u, max, o), new_max = fmaxf(max, other);
+        const float keep = exp2_fast(max - new_max), weight = exp2_fast(other - new_max);
+        max = new_max;
+        sum = sum * keep + weight * __shfl_xor_sync(~0u, sum, o);
 #pragma unroll
-        for (int e = 0; e < kValuesPerWord; e++) merged[i].v[e] *= scale;
+        for (int e = 0; e < kValuesPerWord; e++)
+          merged.v[e] = merged.v[e] * keep + weight * __shfl_xor_sync(~0u, merged.v[e], o);
       }
-      const int first_head = kAllGroups ? 0 : x.at.group * A::kHeads;
-      const Span span{(first_head + head[i]) * A::kHeadDim + word[i] * kValuesPerWord,
-                      min_of(kValuesPerWord, A::kHeadDim - word[i] * kValuesPerWord)};
-      store_span(x.activation + column[i] * padded(Next::kWidth), span, merged[i], k.begin * 16, k.count * 16);
+      const float scale = sum > 0.f ? 1.f / sum : 0.f;
+#pragma unroll
+      for (int e = 0; e < kValuesPerWord; e++) merged.v[e] *= scale;
+      if (index < U::kCount && lane == 0) unit.store(x, merged);
     }
   }
   sync_consumers();

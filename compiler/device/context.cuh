@@ -83,6 +83,12 @@ struct Context {
   float* scratch;
   float* sum_squares;  // [columns, kConsumerWarps]
   float2* rope;        // [columns, head_dim / 2]
+
+  // Called where a phase begins. Without it the compiler computes every phase's addresses once, ahead of the loop over
+  // layers, and keeps them in registers that it does not have.
+  MIRAGE_DEVICE void begin_phase() {
+    asm volatile("" : "+r"(at.thread), "+r"(at.warp), "+r"(at.lane), "+r"(at.group), "+r"(at.member));
+  }
 };
 
 // How the eight consumer warps share the columns: whole warps to a column where there are fewer columns than warps.

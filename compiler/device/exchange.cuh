@@ -12,8 +12,8 @@ namespace mirage {
 
 enum class Along { kOwn, kConcat, kSum };
 
-// Words a thread asks for at once.
-constexpr int kWordsInFlight = 16;
+// Words a thread asks for at once: enough to hide L2's latency, few enough to stay in registers.
+constexpr int kWordsInFlight = 8;
 
 template <class X, class Mesh>
 struct Producers {
@@ -31,11 +31,10 @@ struct Producers {
     return Producers{X::kGroups == Along::kConcat ? producer / kMembers : (X::kGroups == Along::kSum ? 0 : at.group),
                      X::kMembers == Along::kConcat ? producer % kMembers : (X::kMembers == Along::kSum ? 0 : at.member)};
   }
-  // The words of partial sum `i`.
-  MIRAGE_DEVICE const uint4* words(const uint4* exchange, int i, int columns) const {
+  // Where the words of partial sum `i` begin in the exchange area.
+  MIRAGE_DEVICE int words(int i, int columns) const {
     const int g = group + (kSumGroups > 1 ? i / kSumMembers : 0), m = member + (kSumMembers > 1 ? i % kSumMembers : 0);
-    return exchange + X::Source::kWordsAt +
-           static_cast<size_t>((g * Mesh::kMembers + m) * columns) * X::Source::kWords;
+    return X::Source::kWordsAt + (g * Mesh::kMembers + m) * columns * X::Source::kWords;
   }
 };
 
@@ -60,12 +59,12 @@ template <class X, class Mesh, int N>
 MIRAGE_DEVICE void collect_units(Values (&sums)[N], const int (&units)[N], int column, int columns, uint32_t epoch,
                                  const uint4* exchange, const Place& at) {
   typedef Producers<X, Mesh> P;
-  constexpr int kBatch = min_of(P::kPartials, max_of(1, kWordsInFlight / N));
+  constexpr int kBatch = batch_of(P::kPartials, kWordsInFlight / N);
 #pragma unroll
   for (int i = 0; i < N; i++) sums[i] = Values{{0.f, 0.f, 0.f, 0.f, 0.f, 0.f}};
 #pragma unroll 1
   for (int p0 = 0; p0 < P::kPartials; p0 += kBatch) {
-    const uint4* from[N * kBatch];
+    int from[N * kBatch];
     uint4 words[N * kBatch];
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -74,15 +73,15 @@ MIRAGE_DEVICE void collect_units(Values (&sums)[N], const int (&units)[N], int c
 #pragma unroll
       for (int p = 0; p < kBatch; p++)
         from[i * kBatch + p] = units[i] >= 0 && p0 + p < P::kPartials
-                                   ? producer.words(exchange, p0 + p, columns) + column * X::Source::kWords + word
-                                   : nullptr;
+                                   ? producer.words(p0 + p, columns) + column * X::Source::kWords + word
+                                   : -1;
     }
-    await_words(words, from, epoch);
+    await_words(words, exchange, from, epoch);
 #pragma unroll
     for (int i = 0; i < N; i++)
 #pragma unroll
       for (int p = 0; p < kBatch; p++)
-        if (from[i * kBatch + p]) {
+        if (from[i * kBatch + p] >= 0) {
           const Values part = unpack(words[i * kBatch + p]);
 #pragma unroll
           for (int e = 0; e < kValuesPerWord; e++) sums[i].v[e] += part.v[e];
@@ -90,14 +89,13 @@ MIRAGE_DEVICE void collect_units(Values (&sums)[N], const int (&units)[N], int c
   }
 }
 
-// Walks all units of all columns, a warp's columns by the warp's lanes, and gives each to sink(column, step, span, values),
-// where `step` counts a thread's units (constant after unrolling). before(step, span) runs ahead of the wait.
+// Walks all units of all columns, a warp's columns by the warp's lanes, and gives each to sink(column, span, values).
 template <class X, class Mesh, int C, class Sink>
 MIRAGE_DEVICE void collect_all(const uint4* exchange, uint32_t epoch, const Place& at, Sink sink) {
   typedef Producers<X, Mesh> P;
   typedef WarpsOfColumns<C> W;
   constexpr int kSteps = ceil_div(P::kUnits, W::kStride);
-  constexpr int kBatch = min_of(kSteps, max_of(1, kWordsInFlight / P::kPartials / 2));
+  constexpr int kBatch = batch_of(kSteps, min_of(4, kWordsInFlight / P::kPartials));
 #pragma unroll 1
   for (int i = 0; i < W::kColumns; i++) {
     const int column = W::column(at, i);
@@ -137,6 +135,7 @@ MIRAGE_DEVICE void store_span(bf16* row, const Span& span, const Values& values,
 // Collects into the activation what this CTA's slice of the columns of linear Next needs.
 template <class X, class Next, class Mesh, int C, class R>
 MIRAGE_DEVICE void collect_activation(Context<R>& x, uint32_t epoch) {
+  x.begin_phase();
   const Share k = slice_of<Next, Mesh>(x.at.group, x.at.member).k;
   collect_all<X, Mesh, C>(x.params.exchange, epoch, x.at, [&](int column, const Span& span, const Values& values) {
     store_span(x.activation + column * padded(Next::kWidth), span, values, k.begin * 16, k.count * 16);

@@ -17,10 +17,12 @@ template <class Model>
 MIRAGE_DEVICE void stream_weights(const Params& params, RingWriter<typename Model::Ring>& ring, int cta) {
   typedef typename Model::Mesh Mesh;
   const uint8_t* stream = params.weights + params.stream_offsets[cta];
+#pragma unroll 1
   for (uint32_t step = 0;; step++) {
     const uint8_t* source = stream;
     bool more = true;
     if (cta < Mesh::kWorkers)
+#pragma unroll 1
       for (int layer = 0; more && layer < Model::kLayers; layer++)
         more = Model::stream_layer(ring, source, cta / Mesh::kMembers, cta % Mesh::kMembers);
     if (more && step >= params.prefill_steps)
@@ -34,6 +36,7 @@ MIRAGE_DEVICE void stream_weights(const Params& params, RingWriter<typename Mode
 template <class Model, int C, class R>
 MIRAGE_DEVICE void load_rope(Context<R>& x) {
   constexpr int kPairs = Model::kRopePairs;
+#pragma unroll 1
   for (int i = x.at.thread; i < C * kPairs; i += kConsumers)
     x.rope[i] = x.params.rope[static_cast<size_t>(x.columns.position[i / kPairs]) * kPairs + i % kPairs];
 }
@@ -93,6 +96,7 @@ MIRAGE_DEVICE bool advance(Context<R>& x) {
                      "r"(token + 1)
                      : "memory");
       on = made + 1 < q.max_new && next < Model::kMaxSeq;
+#pragma unroll 1
       for (uint32_t i = 0; i < x.params.stop_count; i++) on &= token != x.params.stop_tokens[i];
     }
     x.columns.slot[c] = on ? c : -1;
@@ -102,6 +106,7 @@ MIRAGE_DEVICE bool advance(Context<R>& x) {
   }
   sync_consumers();
   bool any = false;
+#pragma unroll 1
   for (int i = 0; i < Model::kDecodeColumns; i++) any |= x.columns.slot[i] >= 0;
   return any;
 }
@@ -131,10 +136,12 @@ MIRAGE_DEVICE void generate(const Params& params) {
                   reinterpret_cast<float*>(shared + Shared::kSumSquares),
                   reinterpret_cast<float2*>(shared + Shared::kRope)};
   uint64_t* histograms = reinterpret_cast<uint64_t*>(params.exchange + Model::kHistogramsAt);
+#pragma unroll 1
   for (int i = at.cta * kConsumers + at.thread; i < 2 * Histograms<C>::kOfParity; i += Mesh::kCtas * kConsumers)
     histograms[i] = 0;
 
   uint32_t epoch = params.epoch;
+#pragma unroll 1
   for (uint32_t step = 0; step < params.prefill_steps; step++, epoch += Model::kStepEpochs) {
     begin_prefill_step(x, Model::kPrefillColumns, step);
     load_rope<Model, Model::kPrefillColumns>(x);
@@ -144,6 +151,7 @@ MIRAGE_DEVICE void generate(const Params& params) {
     grid_barrier<Mesh>(x, params.exchange + Model::kBarrierAt, epoch + Model::kLayers + 1);
   }
   begin_decode<Model>(x);
+#pragma unroll 1
   for (uint32_t parity = 0;; parity ^= 1, epoch += Model::kStepEpochs) {
     uint32_t cancelled = 0;
     if (at.cta == 0 && at.thread < C)

@@ -15,9 +15,9 @@ MIRAGE_DEVICE void grid_barrier(Context<R>& x, uint4* words, uint32_t epoch) {
     store_word(words + x.at.cta, 0, 0, 0, epoch);
   }
   for (int cta = x.at.thread; cta < Mesh::kCtas; cta += kConsumers) {
-    const uint4* from[1] = {words + cta};
+    const int from[1] = {cta};
     uint4 got[1];
-    await_words(got, from, epoch);
+    await_words(got, words, from, epoch);
   }
   fence_gpu();
   sync_consumers();

@@ -40,6 +40,7 @@ MIRAGE_DEVICE void lm_head(Context<R>& x, uint4* words, bool cancelled, uint32_t
       scale[n][j] = column < C ? norm_scale<H, C>(x.sum_squares, column) : 0.f;
       best[n][j] = Candidate{kLowest, 0};
     }
+#pragma unroll 1
   for (int pass = 0; pass < H::kPasses; pass++) {
     const int rows = pass_rows<H>(slice.rows.count, pass);
     if (rows <= 0) break;
@@ -96,20 +97,21 @@ MIRAGE_DEVICE bool collect_candidates(Context<R>& x, const uint4* words, uint32_
   constexpr int kSteps = ceil_div(Mesh::kCtas, kWarp);
   Candidate* winners = reinterpret_cast<Candidate*>(x.scratch) + C * kConsumerWarps;
   uint32_t* cancelled = reinterpret_cast<uint32_t*>(winners + C);
+#pragma unroll 1
   for (int column = x.at.warp; column < C; column += kConsumerWarps) {
-    const uint4* from[kSteps];
+    int from[kSteps];
     uint4 got[kSteps];
 #pragma unroll
     for (int s = 0; s < kSteps; s++) {
       const int cta = s * kWarp + x.at.lane;
-      from[s] = cta < Mesh::kCtas ? words + column * Mesh::kCtas + cta : nullptr;
+      from[s] = cta < Mesh::kCtas ? column * Mesh::kCtas + cta : -1;
     }
-    await_words(got, from, epoch);
+    await_words(got, words, from, epoch);
     Candidate winner{kLowest, 0};
     uint32_t stop = 0;
 #pragma unroll
     for (int s = 0; s < kSteps; s++)
-      if (from[s]) {
+      if (from[s] >= 0) {
         winner.offer(__uint_as_float(got[s].x), got[s].y);
         stop |= got[s].z;
       }

@@ -44,9 +44,11 @@ MIRAGE_DEVICE int pass_rows(int rows, int pass) {
 // Asks for the pages of one linear. False when the consumers have stopped.
 template <class L, class R>
 MIRAGE_DEVICE bool stream_linear(RingWriter<R>& ring, const uint8_t*& source, const Slice& slice) {
+#pragma unroll 1
   for (int pass = 0; pass < L::kPasses; pass++) {
     const int rows = pass_rows<L>(slice.rows.count, pass);
     if (rows <= 0) break;
+#pragma unroll 1
     for (int k = 0; k < slice.k.count; k += L::kPageK) {
       const uint32_t bytes = static_cast<uint32_t>(rows * min_of(L::kPageK, slice.k.count - k)) * 512;
       if (!ring.push(source, bytes)) return false;
@@ -76,6 +78,7 @@ MIRAGE_DEVICE void multiply(Product<L, C>& product, RingReader<R>& ring, const b
       for (int i = 0; i < 4; i++) product.v[m][n][i] = 0.f;
   const int column = at.lane / 4;
   const bf16* x = activation + column * stride + (at.lane % 4) * 2;
+#pragma unroll 1
   for (int k0 = 0; k0 < k_tiles; k0 += L::kPageK) {
     const uint4* page = reinterpret_cast<const uint4*>(ring.take());
 #pragma unroll
@@ -164,8 +167,10 @@ MIRAGE_DEVICE float epilogue(const float* scratch, const float* sum_squares, int
 // The whole linear of a worker: all passes, each published as soon as it is done.
 template <class L, int C, class Mesh, class R>
 MIRAGE_DEVICE void linear(Context<R>& x, uint32_t epoch) {
+  x.begin_phase();
   const Slice slice = slice_of<L, Mesh>(x.at.group, x.at.member);
   uint4* words = x.params.exchange + L::kWordsAt + static_cast<size_t>(x.at.cta) * C * L::kWords;
+#pragma unroll 1
   for (int pass = 0; pass < L::kPasses; pass++) {
     const int rows = pass_rows<L>(slice.rows.count, pass);
     if (rows <= 0) break;

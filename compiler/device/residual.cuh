@@ -99,8 +99,9 @@ MIRAGE_DEVICE void embed(Context<R>& x, Replicated<X, Mesh, C>& stream, const bf
 // Adds what linear X::Source published and prepares the operand of the linear N with that gamma.
 template <class N, class X, class Shared, class Mesh, int C, class R>
 MIRAGE_DEVICE void add_to_stream(Context<R>& x, Replicated<Shared, Mesh, C>& stream, const bf16* gamma, uint32_t epoch) {
+  x.begin_phase();
   typedef Replicated<Shared, Mesh, C> S;
-  constexpr int kBatch = min_of(S::kSteps, max_of(1, kWordsInFlight / S::P::kPartials));
+  constexpr int kBatch = batch_of(S::kSteps, kWordsInFlight / S::P::kPartials);
 #pragma unroll
   for (int i = 0; i < S::W::kColumns; i++) {
     const int column = S::W::column(x.at, i);
@@ -150,35 +151,36 @@ struct Gathered {
 // Collects a gathered stream at `words` and prepares the operand of the linear N with that gamma.
 template <class N, class X, class Mesh, int C, class R>
 MIRAGE_DEVICE void gather_stream(Context<R>& x, const uint4* words, const bf16* gamma, uint32_t epoch) {
+  x.begin_phase();
   typedef Producers<X, Mesh> P;
   typedef WarpsOfColumns<C> W;
   constexpr int kSteps = ceil_div(P::kUnits, W::kStride);
-  constexpr int kBatch = min_of(kSteps, 8);
+  constexpr int kBatch = batch_of(kSteps, 4);
 #pragma unroll 1
   for (int i = 0; i < W::kColumns; i++) {
     const int column = W::column(x.at, i);
     float squares = 0.f;
 #pragma unroll 1
     for (int s0 = 0; s0 < kSteps; s0 += kBatch) {
-      const uint4* from[kBatch];
+      int from[kBatch];
       uint4 got[kBatch];
       Span spans[kBatch];
       Gamma gammas[kBatch];
 #pragma unroll
       for (int s = 0; s < kBatch; s++) {
         const int unit = (s0 + s) * W::kStride + W::lane(x.at);
-        from[s] = nullptr;
+        from[s] = -1;
         spans[s] = Span{0, 0};
         if (unit < P::kUnits) {
           spans[s] = span_of_unit<X, Mesh>(P::of_unit(unit / X::Source::kWords, x.at), unit % X::Source::kWords);
-          if (spans[s].count > 0) from[s] = words + Gathered<X, Mesh, C>::index(unit, column);
+          if (spans[s].count > 0) from[s] = Gathered<X, Mesh, C>::index(unit, column);
         }
         gammas[s] = load_gamma<N>(gamma, spans[s]);
       }
-      await_words(got, from, epoch);
+      await_words(got, words, from, epoch);
 #pragma unroll
       for (int s = 0; s < kBatch; s++)
-        if (from[s])
+        if (from[s] >= 0)
           squares += store_normed(x.activation + column * padded(N::kWidth), spans[s], unpack(got[s]).v, gammas[s]);
     }
     store_sum_squares<C>(x, column, squares);
@@ -254,25 +256,26 @@ MIRAGE_DEVICE void embed(Context<R>& x, Scattered<X, Mesh, C>& stream, const bf1
 // Reduce-scatter: adds the partials of this worker's share and publishes the new values at `words`.
 template <class X, class Shared, class Mesh, int C, class R>
 MIRAGE_DEVICE void reduce_scatter(Context<R>& x, Scattered<Shared, Mesh, C>& stream, uint4* words, uint32_t epoch) {
+  x.begin_phase();
   typedef Scattered<Shared, Mesh, C> S;
   typedef Producers<X, Mesh> P;
-  constexpr int kMine = ceil_div(P::kPartials, S::kLanes), kBatch = min_of(kMine, kWordsInFlight);
+  constexpr int kMine = ceil_div(P::kPartials, S::kLanes), kBatch = batch_of(kMine, kWordsInFlight);
   const P producer = P::of_unit(max_of(stream.unit, 0) / X::Source::kWords, x.at);
   const int offset = stream.column * X::Source::kWords + max_of(stream.unit, 0) % X::Source::kWords;
   Values sum{{0.f, 0.f, 0.f, 0.f, 0.f, 0.f}};
 #pragma unroll 1
   for (int b = 0; b < kMine; b += kBatch) {
-    const uint4* from[kBatch];
+    int from[kBatch];
     uint4 got[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
       const int partial = (b + i) * S::kLanes + stream.lane;
-      from[i] = stream.unit >= 0 && partial < P::kPartials ? producer.words(x.params.exchange, partial, C) + offset : nullptr;
+      from[i] = stream.unit >= 0 && partial < P::kPartials ? producer.words(partial, C) + offset : -1;
     }
-    await_words(got, from, epoch);
+    await_words(got, x.params.exchange, from, epoch);
 #pragma unroll
     for (int i = 0; i < kBatch; i++)
-      if (from[i]) {
+      if (from[i] >= 0) {
         const Values part = unpack(got[i]);
 #pragma unroll
         for (int e = 0; e < kValuesPerWord; e++) sum.v[e] += part.v[e];

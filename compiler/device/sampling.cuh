@@ -44,6 +44,7 @@ template <class H, int C, bool kMass, class Mesh, class R>
 MIRAGE_DEVICE void select_level(Context<R>& x, SamplingScratch<C>& s, uint64_t* histogram, int level, uint4* barrier,
                                 uint32_t epoch) {
   const int shift = 24 - 8 * level;
+#pragma unroll 1
   for (int i = x.at.thread; i < C * kRadixBins; i += kConsumers) (&s.low[0][0])[i] = (&s.high[0][0])[i] = 0;
   sync_consumers();
   const Share rows = head_slice<H, Mesh>(x.at.cta).rows;
@@ -54,6 +55,7 @@ MIRAGE_DEVICE void select_level(Context<R>& x, SamplingScratch<C>& s, uint64_t* 
     if (slot < 0 || s.target[c] == 0) continue;
     const float inverse = x.params.sequences[slot].inverse_temperature;
     const float highest = __fmul_rn(winners_of<C>(x)[c].logit, inverse);
+#pragma unroll 1
     for (int token = begin + x.at.thread; token < end; token += kConsumers) {
       const float logit = x.columns.logits[c][token];
       const uint32_t key = order_key(logit);
@@ -69,12 +71,14 @@ MIRAGE_DEVICE void select_level(Context<R>& x, SamplingScratch<C>& s, uint64_t* 
     }
   }
   sync_consumers();
+#pragma unroll 1
   for (int i = x.at.thread; i < C * kRadixBins; i += kConsumers) {
     const uint64_t n = (static_cast<uint64_t>((&s.high[0][0])[i]) << 16) + (&s.low[0][0])[i];
     if (n) atomicAdd(histogram + i, n);
   }
   grid_barrier<Mesh>(x, barrier, epoch);
   // One warp a column: from the highest bin down to the one where the target is reached.
+#pragma unroll 1
   for (int c = x.at.warp; c < C; c += kConsumerWarps) {
     if (x.columns.slot[c] < 0 || s.target[c] == 0) continue;
     constexpr int kPerLane = kRadixBins / kWarp;
@@ -101,9 +105,17 @@ MIRAGE_DEVICE void select_level(Context<R>& x, SamplingScratch<C>& s, uint64_t* 
     }
     __syncwarp();
     if (before < target && target <= before + sum) {
-      int i = 0;
-      while (before + n[i] < target) before += n[i++];
-      s.prefix[c] = (level > 0 ? s.prefix[c] << 8 : 0u) | static_cast<uint32_t>(top - i);
+      int bin = top;
+      bool found = false;
+#pragma unroll
+      for (int i = 0; i < kPerLane; i++) {
+        found |= before + n[i] >= target;
+        if (!found) {
+          before += n[i];
+          bin--;
+        }
+      }
+      s.prefix[c] = (level > 0 ? s.prefix[c] << 8 : 0u) | static_cast<uint32_t>(bin);
       s.target[c] = target - before;
     }
   }
@@ -117,6 +129,7 @@ MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uin
                           uint32_t epoch) {
   SamplingScratch<C>& s = *reinterpret_cast<SamplingScratch<C>*>(winners_of<C>(x) + C + 1);
   bool sampled = false, by_count = false, by_mass = false;
+#pragma unroll 1
   for (int c = 0; c < C; c++) {
     const int slot = x.columns.slot[c];
     if (slot < 0) continue;
@@ -129,6 +142,7 @@ MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uin
   if (!sampled) return;
   // The other parity's histograms are done with; they serve the next step.
   uint64_t* other = histograms + (parity ^ 1) * Histograms<C>::kOfParity;
+#pragma unroll 1
   for (int i = x.at.cta * kConsumers + x.at.thread; i < Histograms<C>::kOfParity; i += Mesh::kCtas * kConsumers)
     other[i] = 0;
   uint64_t* mine = histograms + parity * Histograms<C>::kOfParity;
@@ -149,6 +163,7 @@ MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uin
       s.prefix[x.at.thread] = 0;
     }
     sync_consumers();
+#pragma unroll 1
     for (int level = 0; level < kRadixLevels; level++)
       select_level<H, C, kMass, Mesh>(x, s, mine + kMass * Histograms<C>::kOfKind + level * Histograms<C>::kOfLevel, level,
                                       barrier, epoch + 1 + kMass * kRadixLevels + level);
@@ -162,6 +177,7 @@ MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uin
 
   const Share rows = head_slice<H, Mesh>(x.at.cta).rows;
   const int begin = rows.begin * 16, end = min_of((rows.begin + rows.count) * 16, H::kVocab);
+#pragma unroll 1
   for (int c = x.at.warp; c < C; c += kConsumerWarps) {
     Candidate best = winners_of<C>(x)[c];
     const int slot = x.columns.slot[c];
@@ -169,6 +185,7 @@ MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uin
       const Sequence& q = x.params.sequences[slot];
       best = Candidate{kLowest, 0};
       const uint64_t key = stream_key(q.seed, q.stream, x.columns.position[c] + 1);
+#pragma unroll 1
       for (int token = begin + x.at.lane; token < end; token += kWarp) {
         const float logit = x.columns.logits[c][token];
         if (order_key(logit) < s.floor[c]) continue;

@@ -25,22 +25,25 @@ MIRAGE_DEVICE uint4 load_word(const uint4* p) {
                     static_cast<uint32_t>(high >> 32));
 }
 
-// Waits until all N words carry `epoch`; null pointers are not waited for. The whole set is asked for again at each turn:
-// asking word by word, or only for the missing ones, is slower.
+// Waits until the N words at base[offsets[i]] carry `epoch`; a negative offset is not waited for. The whole set is asked
+// for again at each turn: asking word by word, or only for the missing ones, is slower.
 template <int N>
-MIRAGE_DEVICE void await_words(uint4 (&words)[N], const uint4* const (&from)[N], uint32_t epoch) {
+MIRAGE_DEVICE void await_words(uint4 (&words)[N], const uint4* base, const int (&offsets)[N], uint32_t epoch) {
   Spin spin;
   bool complete;
   do {
     complete = true;
 #pragma unroll
     for (int i = 0; i < N; i++)
-      if (from[i]) words[i] = load_word(from[i]);
+      if (offsets[i] >= 0) words[i] = load_word(base + offsets[i]);
 #pragma unroll
-    for (int i = 0; i < N; i++) complete &= !from[i] || words[i].w == epoch;
+    for (int i = 0; i < N; i++) complete &= offsets[i] < 0 || words[i].w == epoch;
     spin.turn();
   } while (!complete);
 }
+
+// Things a thread does at once of `all` it has to do, at most `most`, in rounds of equal size.
+__host__ __device__ constexpr int batch_of(int all, int most) { return ceil_div(all, ceil_div(all, max_of(1, most))); }
 
 struct Values {
   float v[kValuesPerWord];

@@ -51,7 +51,9 @@ impl Machine {
 
     /// An exchange in which every CTA reads `words` words, `threads` of its threads taking part.
     pub fn exchange(&self, words: usize, threads: usize) -> f64 {
-        let turns = words.div_ceil(threads.max(1) * WORDS_AT_ONCE).saturating_sub(1);
+        let turns = words
+            .div_ceil(threads.max(1) * WORDS_AT_ONCE)
+            .saturating_sub(1);
         self.hop + words as f64 * 16.0 / self.l2_per_sm + turns as f64 * self.poll
     }
 

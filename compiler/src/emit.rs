@@ -6,10 +6,10 @@
 use std::fmt::Write;
 
 use crate::arch::Arch;
-use crate::program::{Along, Exchange, Linear, Next, Norm, Phase, Program, Step, step_epochs};
 use crate::fuse::Epilogue;
 use crate::mesh::Split;
 use crate::plan::StreamForm;
+use crate::program::{Along, Exchange, Linear, Next, Norm, Phase, Program, Step, step_epochs};
 
 /// Name of the kernel's entry point.
 pub const ENTRY: &str = "mirage_generate";
@@ -55,12 +55,20 @@ pub fn cuda_source(program: &Program, arch: Arch) -> CudaSource {
         Arch::Sm80 | Arch::Sm86 | Arch::Sm89 => ARCH_SM_80,
         Arch::Sm90a | Arch::Sm100a | Arch::Sm120a => ARCH_SM_90,
     };
-    let mut headers: Vec<(String, String)> =
-        HEADERS.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect();
+    let mut headers: Vec<(String, String)> = HEADERS
+        .iter()
+        .map(|(name, text)| ((*name).to_owned(), (*text).to_owned()))
+        .collect();
     headers.push(("arch.cuh".to_owned(), arch_text.to_owned()));
-    let mut emitter = Emitter { program, out: String::new() };
+    let mut emitter = Emitter {
+        program,
+        out: String::new(),
+    };
     emitter.kernel();
-    CudaSource { text: emitter.out, headers }
+    CudaSource {
+        text: emitter.out,
+        headers,
+    }
 }
 
 /// A name of the graph as an identifier of the generated code: `gate_up` becomes `GateUp`.
@@ -78,7 +86,11 @@ fn identifier(name: &str) -> String {
             upper = true;
         }
     }
-    if out.is_empty() { "Node".to_owned() } else { out }
+    if out.is_empty() {
+        "Node".to_owned()
+    } else {
+        out
+    }
 }
 
 fn float(value: f32) -> String {
@@ -101,8 +113,17 @@ macro_rules! line {
 impl Emitter<'_> {
     fn kernel(&mut self) {
         let p = self.program;
-        line!(self, "// {} for {} sequences of up to {} positions, compiled by mirage. Do not edit.", identifier(&p.name), p.slots, p.max_seq);
-        line!(self, "// Constants and the order of phases; the phases themselves are in the headers.");
+        line!(
+            self,
+            "// {} for {} sequences of up to {} positions, compiled by mirage. Do not edit.",
+            identifier(&p.name),
+            p.slots,
+            p.max_seq
+        );
+        line!(
+            self,
+            "// Constants and the order of phases; the phases themselves are in the headers."
+        );
         line!(self, "#include \"mirage.cuh\"");
         line!(self);
         line!(self, "namespace mirage {{");
@@ -118,8 +139,14 @@ impl Emitter<'_> {
         line!(self);
         line!(self, "}}  // namespace mirage");
         line!(self);
-        line!(self, "extern \"C\" __global__ void __launch_bounds__(mirage::kThreads, 1)");
-        line!(self, "    {ENTRY}(const __grid_constant__ mirage::Params params) {{");
+        line!(
+            self,
+            "extern \"C\" __global__ void __launch_bounds__(mirage::kThreads, 1)"
+        );
+        line!(
+            self,
+            "    {ENTRY}(const __grid_constant__ mirage::Params params) {{"
+        );
         line!(self, "  mirage::generate<mirage::Model>(params);");
         line!(self, "}}");
     }
@@ -162,7 +189,11 @@ impl Emitter<'_> {
 
     fn linear(&mut self, linear: &Linear) {
         let t = &linear.tiling;
-        let made_of = if linear.sources.is_empty() { String::new() } else { format!(": {}", comment(&linear.sources)) };
+        let made_of = if linear.sources.is_empty() {
+            String::new()
+        } else {
+            format!(": {}", comment(&linear.sources))
+        };
         line!(self, "// {} x {}{made_of}", linear.rows(), linear.columns);
         line!(self, "struct {} {{", identifier(&linear.name));
         self.constant("kRowUnits", linear.row_units);
@@ -193,7 +224,11 @@ impl Emitter<'_> {
     }
 
     fn norm(&mut self, prefix: &str, norm: Option<&Norm>) {
-        let none = Norm { gamma_at: 0, gamma_stride: 0, eps: 0.0 };
+        let none = Norm {
+            gamma_at: 0,
+            gamma_stride: 0,
+            eps: 0.0,
+        };
         let n = norm.unwrap_or(&none);
         self.flag(&format!("k{prefix}Norm"), norm.is_some());
         self.constant(&format!("k{prefix}GammaAt"), n.gamma_at);
@@ -214,7 +249,11 @@ impl Emitter<'_> {
         self.constant("kHeadDim", a.head_dim);
         self.constant("kHeadsPerTask", a.heads_per_task);
         // Scores in powers of two: exp(x) = exp2(x log2 e).
-        line!(self, "  static constexpr float kScale = {};", float(a.scale * std::f32::consts::LOG2_E));
+        line!(
+            self,
+            "  static constexpr float kScale = {};",
+            float(a.scale * std::f32::consts::LOG2_E)
+        );
         self.norm("Q", a.q_norm.as_ref());
         self.norm("K", a.k_norm.as_ref());
         self.constant("kGammaStride", p.norms.layer_stride);
@@ -253,9 +292,21 @@ impl Emitter<'_> {
                 Along::Sum => "kSum",
             };
             line!(self, "struct {} {{", self.view(&exchange));
-            line!(self, "  typedef {} Source;", self.linear_name(exchange.source));
-            line!(self, "  static constexpr Along kGroups = Along::{};", along(exchange.groups));
-            line!(self, "  static constexpr Along kMembers = Along::{};", along(exchange.members));
+            line!(
+                self,
+                "  typedef {} Source;",
+                self.linear_name(exchange.source)
+            );
+            line!(
+                self,
+                "  static constexpr Along kGroups = Along::{};",
+                along(exchange.groups)
+            );
+            line!(
+                self,
+                "  static constexpr Along kMembers = Along::{};",
+                along(exchange.members)
+            );
             line!(self, "}};");
             line!(self);
         }
@@ -290,11 +341,20 @@ impl Emitter<'_> {
         self.constant("kHistogramsAt", p.exchange.histograms_at);
         line!(self);
         line!(self, "  template <class R>");
-        line!(self, "  MIRAGE_DEVICE static bool stream_layer(RingWriter<R>& ring, const uint8_t*& source, int group, int member) {{");
+        line!(
+            self,
+            "  MIRAGE_DEVICE static bool stream_layer(RingWriter<R>& ring, const uint8_t*& source, int group, int member) {{"
+        );
         for (i, linear) in p.linears.iter().enumerate() {
             let name = identifier(&linear.name);
-            let (lead, end) = (if i == 0 { "return " } else { "       " }, if i + 1 == p.linears.len() { ";" } else { " &&" });
-            line!(self, "    {lead}stream_linear<{name}>(ring, source, slice_of<{name}, Mesh>(group, member)){end}");
+            let (lead, end) = (
+                if i == 0 { "return " } else { "       " },
+                if i + 1 == p.linears.len() { ";" } else { " &&" },
+            );
+            line!(
+                self,
+                "    {lead}stream_linear<{name}>(ring, source, slice_of<{name}, Mesh>(group, member)){end}"
+            );
         }
         line!(self, "  }}");
         self.layers("prefill", &p.prefill, false);
@@ -308,7 +368,9 @@ impl Emitter<'_> {
         let first = self.linear_name(0);
         // The stream's owner and units follow the linears that write it.
         let Some(writer) = step.layer.iter().rev().find_map(|phase| match phase {
-            Phase::AddToStream { exchange, .. } | Phase::ReduceScatter { exchange, .. } => Some(*exchange),
+            Phase::AddToStream { exchange, .. } | Phase::ReduceScatter { exchange, .. } => {
+                Some(*exchange)
+            }
             _ => None,
         }) else {
             return;
@@ -318,7 +380,10 @@ impl Emitter<'_> {
         line!(self);
         line!(self, "  // {columns} columns: {}", step.stream);
         line!(self, "  template <class R>");
-        line!(self, "  MIRAGE_DEVICE static void {name}_layers(Context<R>& x, uint32_t epoch) {{");
+        line!(
+            self,
+            "  MIRAGE_DEVICE static void {name}_layers(Context<R>& x, uint32_t epoch) {{"
+        );
         line!(self, "    constexpr int C = {columns};");
         let gathered = step.layer.iter().rev().find_map(|phase| match phase {
             Phase::GatherStream { words_at, .. } => Some(*words_at),
@@ -328,8 +393,14 @@ impl Emitter<'_> {
         if others {
             let at = gathered.map_or("kStreamAt".to_owned(), |at| at.to_string());
             line!(self, "    if (x.at.cta >= Mesh::kWorkers) {{");
-            line!(self, "      // No part of the layers: only the head's input.");
-            line!(self, "      gather_stream<Head, {shared}, Mesh, C>(x, x.params.exchange + {at}, gamma_of<Head>(x.params, 0), epoch + kLayers);");
+            line!(
+                self,
+                "      // No part of the layers: only the head's input."
+            );
+            line!(
+                self,
+                "      gather_stream<Head, {shared}, Mesh, C>(x, x.params.exchange + {at}, gamma_of<Head>(x.params, 0), epoch + kLayers);"
+            );
             line!(self, "      return;");
             line!(self, "    }}");
         }
@@ -337,18 +408,27 @@ impl Emitter<'_> {
             StreamForm::Replicated => line!(self, "    Replicated<{shared}, Mesh, C> stream;"),
             StreamForm::Scattered => line!(self, "    Scattered<{shared}, Mesh, C> stream(x.at);"),
         }
-        line!(self, "    embed<{first}>(x, stream, gamma_of<{first}>(x.params, 0));");
+        line!(
+            self,
+            "    embed<{first}>(x, stream, gamma_of<{first}>(x.params, 0));"
+        );
         line!(self, "#pragma unroll 1");
         line!(self, "    for (int layer = 0; layer < kLayers; layer++) {{");
         line!(self, "      const uint32_t now = epoch + layer + 1;");
         line!(self, "      const bf16* gamma_after =");
-        line!(self, "          layer + 1 < kLayers ? gamma_of<{first}>(x.params, layer + 1) : gamma_of<Head>(x.params, 0);");
+        line!(
+            self,
+            "          layer + 1 < kLayers ? gamma_of<{first}>(x.params, layer + 1) : gamma_of<Head>(x.params, 0);"
+        );
         for phase in &step.layer {
             self.phase(step, phase);
         }
         line!(self, "    }}");
         if others && step.stream == StreamForm::Replicated {
-            line!(self, "    if (x.at.cta == 0) publish_stream(x, stream, x.params.exchange + kStreamAt, epoch + kLayers);");
+            line!(
+                self,
+                "    if (x.at.cta == 0) publish_stream(x, stream, x.params.exchange + kStreamAt, epoch + kLayers);"
+            );
         }
         line!(self, "  }}");
     }
@@ -367,7 +447,11 @@ impl Emitter<'_> {
         };
         line!(self, "      // {}", comment(&[p.describe(phase)]));
         match phase {
-            Phase::Linear(i) => line!(self, "      linear<{}, C, Mesh>(x, now);", self.linear_name(*i)),
+            Phase::Linear(i) => line!(
+                self,
+                "      linear<{}, C, Mesh>(x, now);",
+                self.linear_name(*i)
+            ),
             Phase::Attention(exchange) => line!(
                 self,
                 "      attention<{attention}, {}, Mesh, C, {splits}>(x, layer, now);",
@@ -386,14 +470,22 @@ impl Emitter<'_> {
             ),
             Phase::AddToStream { exchange, next } => {
                 let (name, gamma) = next_of(self, next);
-                line!(self, "      add_to_stream<{name}, {}>(x, stream, {gamma}, now);", self.view(exchange));
+                line!(
+                    self,
+                    "      add_to_stream<{name}, {}>(x, stream, {gamma}, now);",
+                    self.view(exchange)
+                );
             }
             Phase::ReduceScatter { exchange, words_at } => line!(
                 self,
                 "      reduce_scatter<{}>(x, stream, x.params.exchange + {words_at}, now);",
                 self.view(exchange)
             ),
-            Phase::GatherStream { exchange, words_at, next } => {
+            Phase::GatherStream {
+                exchange,
+                words_at,
+                next,
+            } => {
                 let (name, gamma) = next_of(self, next);
                 line!(
                     self,
@@ -407,5 +499,9 @@ impl Emitter<'_> {
 
 /// Names of the graph in a comment: no line breaks, no line continuation, nothing but printable ASCII.
 fn comment(names: &[String]) -> String {
-    names.join(", ").chars().filter(|c| c.is_ascii_graphic() && *c != '\\' || *c == ' ').collect()
+    names
+        .join(", ")
+        .chars()
+        .filter(|c| c.is_ascii_graphic() && *c != '\\' || *c == ' ')
+        .collect()
 }

@@ -19,7 +19,7 @@
 //! let target = Target { gpu: GpuModel::default_for(Arch::Sm90a), batch: 1, max_seq: 4096 };
 //! let (plan, program) = Plan::search(&fused, &target)?;
 //! let source = cuda_source(&program, Arch::Sm90a);
-//! assert_eq!(plan.mesh.groups, 8);
+//! assert_eq!(plan.mesh.workers(), 128);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 pub mod arch;

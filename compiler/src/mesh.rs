@@ -49,7 +49,11 @@ impl Mesh {
 
 impl fmt::Display for Mesh {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} groups x {} members of {} CTAs", self.groups, self.members, self.ctas)
+        write!(
+            f,
+            "{} groups x {} members of {} CTAs",
+            self.groups, self.members, self.ctas
+        )
     }
 }
 
@@ -83,16 +87,32 @@ pub struct Placement {
 impl Placement {
     /// All four.
     pub const ALL: [Placement; 4] = [
-        Placement { groups: Split::Rows, members: Split::Rows },
-        Placement { groups: Split::Columns, members: Split::Rows },
-        Placement { groups: Split::Rows, members: Split::Columns },
-        Placement { groups: Split::Columns, members: Split::Columns },
+        Placement {
+            groups: Split::Rows,
+            members: Split::Rows,
+        },
+        Placement {
+            groups: Split::Columns,
+            members: Split::Rows,
+        },
+        Placement {
+            groups: Split::Rows,
+            members: Split::Columns,
+        },
+        Placement {
+            groups: Split::Columns,
+            members: Split::Columns,
+        },
     ];
 }
 
 impl fmt::Display for Placement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "groups split {}, members split {}", self.groups, self.members)
+        write!(
+            f,
+            "groups split {}, members split {}",
+            self.groups, self.members
+        )
     }
 }
 

@@ -3,5 +3,7 @@
 pub mod baseline;
 pub mod checkpoint;
 pub mod gpu;
+pub mod megakernel;
+pub mod pack;
 pub mod sampler;
 pub mod tokenizer;

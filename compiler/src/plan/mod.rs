@@ -103,26 +103,47 @@ impl Plan {
         use crate::fuse::Epilogue;
         use crate::mesh::Split;
         if self.placements.len() != graph.layer.len() {
-            return Err(format!("{} placements for {} nodes", self.placements.len(), graph.layer.len()));
+            return Err(format!(
+                "{} placements for {} nodes",
+                self.placements.len(),
+                graph.layer.len()
+            ));
         }
         let mut residual = None;
         for (node, placement) in graph.layer.iter().zip(&self.placements) {
             match (&node.op, placement) {
                 (FusedOp::Attention(a), None) => {
                     if a.kv_heads % self.mesh.groups != 0 {
-                        return Err(format!("{}: {} KV heads over {} groups", node.name, a.kv_heads, self.mesh.groups));
+                        return Err(format!(
+                            "{}: {} KV heads over {} groups",
+                            node.name, a.kv_heads, self.mesh.groups
+                        ));
                     }
                 }
                 (FusedOp::Linear(linear), Some(placement)) => {
-                    let splits_columns = placement.groups == Split::Columns || placement.members == Split::Columns;
+                    let splits_columns =
+                        placement.groups == Split::Columns || placement.members == Split::Columns;
                     if linear.epilogue == Epilogue::SwiGlu && splits_columns {
-                        return Err(format!("{}: partial sums cannot pass through SwiGLU", node.name));
+                        return Err(format!(
+                            "{}: partial sums cannot pass through SwiGLU",
+                            node.name
+                        ));
                     }
-                    if linear.epilogue == Epilogue::AddResidual && *residual.get_or_insert(*placement) != *placement {
-                        return Err(format!("{}: writes the residual stream by another placement", node.name));
+                    if linear.epilogue == Epilogue::AddResidual
+                        && *residual.get_or_insert(*placement) != *placement
+                    {
+                        return Err(format!(
+                            "{}: writes the residual stream by another placement",
+                            node.name
+                        ));
                     }
                 }
-                _ => return Err(format!("{}: placement does not fit the node's kind", node.name)),
+                _ => {
+                    return Err(format!(
+                        "{}: placement does not fit the node's kind",
+                        node.name
+                    ));
+                }
             }
         }
         Ok(())
@@ -135,7 +156,11 @@ impl fmt::Display for Plan {
         for (name, placement) in self.nodes.iter().zip(&self.placements) {
             match placement {
                 Some(placement) => writeln!(f, "  {name}: {placement}")?,
-                None => writeln!(f, "  {name}: KV heads over groups, {} query heads a task", self.heads_per_task)?,
+                None => writeln!(
+                    f,
+                    "  {name}: KV heads over groups, {} query heads a task",
+                    self.heads_per_task
+                )?,
             }
         }
         for (name, step) in [("prefill", &self.prefill), ("decode", &self.decode)] {
@@ -147,7 +172,11 @@ impl fmt::Display for Plan {
             writeln!(
                 f,
                 "  predicted {:.0} us: layer {:.2} (stream {:.2}, chain {:.2}), head {:.1}",
-                step.cost.total, step.cost.layer, step.cost.layer_stream, step.cost.layer_chain, step.cost.head
+                step.cost.total,
+                step.cost.layer,
+                step.cost.layer_stream,
+                step.cost.layer_chain,
+                step.cost.head
             )?;
         }
         writeln!(

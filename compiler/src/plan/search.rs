@@ -12,7 +12,10 @@ use crate::program::{CONSUMER_WARPS, Program, ProgramError, TILE, TILE_BYTES, VA
 #[derive(Clone, Debug, Error, PartialEq)]
 pub enum PlanError {
     /// The batch is outside what a step's columns hold.
-    #[error("batch {batch} is not supported: 1 to {} sequences run at once", Target::MAX_COLUMNS)]
+    #[error(
+        "batch {batch} is not supported: 1 to {} sequences run at once",
+        Target::MAX_COLUMNS
+    )]
     Batch {
         /// The batch asked for.
         batch: usize,
@@ -48,20 +51,38 @@ impl Plan {
     /// Finds the cheapest plan for a target, and the program it becomes.
     pub fn search(graph: &FusedGraph, target: &Target) -> Result<(Plan, Program), PlanError> {
         if target.batch == 0 || target.batch > Target::MAX_COLUMNS {
-            return Err(PlanError::Batch { batch: target.batch });
+            return Err(PlanError::Batch {
+                batch: target.batch,
+            });
         }
         if target.max_seq == 0 || target.max_seq > Plan::MAX_SEQ {
-            return Err(PlanError::MaxSeq { max_seq: target.max_seq });
+            return Err(PlanError::MaxSeq {
+                max_seq: target.max_seq,
+            });
         }
         let attentions: Vec<&FusedAttention> = graph
             .layer
             .iter()
-            .filter_map(|node| if let FusedOp::Attention(a) = &node.op { Some(a) } else { None })
+            .filter_map(|node| {
+                if let FusedOp::Attention(a) = &node.op {
+                    Some(a)
+                } else {
+                    None
+                }
+            })
             .collect();
         let [attention] = attentions[..] else {
-            return Err(PlanError::Attention { graph: graph.name.clone(), found: attentions.len() });
+            return Err(PlanError::Attention {
+                graph: graph.name.clone(),
+                found: attentions.len(),
+            });
         };
-        let search = Search { graph, target, attention, machine: Machine::of(&target.gpu) };
+        let search = Search {
+            graph,
+            target,
+            attention,
+            machine: Machine::of(&target.gpu),
+        };
         let mut plans = search.plans();
         plans.sort_by(|a, b| objective(a).total_cmp(&objective(b)));
         let considered = plans.len();
@@ -74,7 +95,10 @@ impl Plan {
             }
         }
         Err(reason
-            .unwrap_or(ProgramError::SharedMemory { columns: target.batch, limit: target.gpu.smem_per_block_optin as usize })
+            .unwrap_or(ProgramError::SharedMemory {
+                columns: target.batch,
+                limit: target.gpu.smem_per_block_optin as usize,
+            })
             .into())
     }
 }
@@ -105,10 +129,16 @@ impl Search<'_> {
         for mesh in self.meshes() {
             for placements in self.placements() {
                 for heads_per_task in divisors(self.attention.heads / self.attention.kv_heads) {
-                    let frame = Frame { mesh, placements: &placements, heads_per_task };
+                    let frame = Frame {
+                        mesh,
+                        placements: &placements,
+                        heads_per_task,
+                    };
                     let decodes = self.steps(&frame, decode_columns, true);
-                    let prefills: Vec<StepPlan> =
-                        [16, 8, 4, 2, 1].iter().flat_map(|&columns| self.steps(&frame, columns, false)).collect();
+                    let prefills: Vec<StepPlan> = [16, 8, 4, 2, 1]
+                        .iter()
+                        .flat_map(|&columns| self.steps(&frame, columns, false))
+                        .collect();
                     for decode in &decodes {
                         for prefill in &prefills {
                             plans.push(self.plan(&frame, prefill.clone(), decode.clone()));
@@ -131,7 +161,12 @@ impl Search<'_> {
             weight_bytes,
             floor: weight_bytes as f64 / self.machine.stream,
             considered: 0,
-            nodes: self.graph.layer.iter().map(|node| node.name.clone()).collect(),
+            nodes: self
+                .graph
+                .layer
+                .iter()
+                .map(|node| node.name.clone())
+                .collect(),
         }
     }
 
@@ -140,10 +175,17 @@ impl Search<'_> {
     fn meshes(&self) -> Vec<Mesh> {
         let ctas = self.target.gpu.sms as usize;
         let mut meshes = Vec::new();
-        for groups in divisors(self.attention.kv_heads).into_iter().filter(|&groups| groups <= ctas) {
+        for groups in divisors(self.attention.kv_heads)
+            .into_iter()
+            .filter(|&groups| groups <= ctas)
+        {
             let most = ctas / groups;
             let fewer = (0..).map(|i| 1 << i).take_while(|&members| members < most);
-            meshes.extend(fewer.chain([most]).map(|members| Mesh { groups, members, ctas }));
+            meshes.extend(fewer.chain([most]).map(|members| Mesh {
+                groups,
+                members,
+                ctas,
+            }));
         }
         meshes
     }
@@ -162,7 +204,8 @@ impl Search<'_> {
                             // The stream's reader holds all of its input; heads stay in their group; SwiGLU needs sums.
                             let groups_split_rows = linear.input == Input::Residual || makes_heads;
                             let whole = linear.epilogue == Epilogue::SwiGlu;
-                            (p.groups == Split::Rows || !(groups_split_rows || whole)) && (p.members == Split::Rows || !whole)
+                            (p.groups == Split::Rows || !(groups_split_rows || whole))
+                                && (p.members == Split::Rows || !whole)
                         })
                         .map(Some)
                         .collect()
@@ -171,15 +214,25 @@ impl Search<'_> {
             all = all
                 .iter()
                 .flat_map(|chosen: &Vec<Option<Placement>>| {
-                    options.iter().map(|option| chosen.iter().copied().chain([*option]).collect())
+                    options
+                        .iter()
+                        .map(|option| chosen.iter().copied().chain([*option]).collect())
                 })
                 .collect();
         }
         all.retain(|placements| {
-            let mut writers = self.graph.layer.iter().zip(placements).filter_map(|(node, placement)| match &node.op {
-                FusedOp::Linear(FusedLinear { epilogue: Epilogue::AddResidual, .. }) => *placement,
-                _ => None,
-            });
+            let mut writers =
+                self.graph
+                    .layer
+                    .iter()
+                    .zip(placements)
+                    .filter_map(|(node, placement)| match &node.op {
+                        FusedOp::Linear(FusedLinear {
+                            epilogue: Epilogue::AddResidual,
+                            ..
+                        }) => *placement,
+                        _ => None,
+                    });
             let first = writers.next();
             writers.all(|placement| Some(placement) == first)
         });
@@ -187,13 +240,19 @@ impl Search<'_> {
     }
 
     fn steps(&self, frame: &Frame<'_>, columns: usize, decode: bool) -> Vec<StepPlan> {
-        let heads_at_once = columns * self.attention.heads / frame.mesh.groups / frame.heads_per_task;
+        let heads_at_once =
+            columns * self.attention.heads / frame.mesh.groups / frame.heads_per_task;
         let kv_splits = (frame.mesh.members / heads_at_once).clamp(1, 16);
         [StreamForm::Replicated, StreamForm::Scattered]
             .into_iter()
             .filter(|form| self.stream_fits(frame, columns, *form))
             .map(|stream| {
-                let mut step = StepPlan { columns, stream, kv_splits, cost: StepCost::default() };
+                let mut step = StepPlan {
+                    columns,
+                    stream,
+                    kv_splits,
+                    cost: StepCost::default(),
+                };
                 step.cost = self.cost(frame, &step, decode);
                 step
             })
@@ -203,8 +262,10 @@ impl Search<'_> {
     /// Units of the residual stream that its readers take side by side, for one column.
     fn stream_units(&self, frame: &Frame<'_>) -> usize {
         let placement = self.stream_placement(frame);
-        let producers = axis(placement.groups, frame.mesh.groups) * axis(placement.members, frame.mesh.members);
-        producers * (self.graph.hidden / TILE).div_ceil(producers).max(1) * TILE / VALUES_PER_WORD + producers
+        let producers =
+            axis(placement.groups, frame.mesh.groups) * axis(placement.members, frame.mesh.members);
+        producers * (self.graph.hidden / TILE).div_ceil(producers).max(1) * TILE / VALUES_PER_WORD
+            + producers
     }
 
     fn stream_placement(&self, frame: &Frame<'_>) -> Placement {
@@ -213,7 +274,10 @@ impl Search<'_> {
             .iter()
             .zip(frame.placements)
             .find_map(|(node, placement)| match &node.op {
-                FusedOp::Linear(FusedLinear { epilogue: Epilogue::AddResidual, .. }) => *placement,
+                FusedOp::Linear(FusedLinear {
+                    epilogue: Epilogue::AddResidual,
+                    ..
+                }) => *placement,
                 _ => None,
             })
             .unwrap_or(Placement::ALL[0])
@@ -224,7 +288,9 @@ impl Search<'_> {
         let threads = CONSUMER_WARPS * 32;
         match form {
             StreamForm::Replicated => {
-                let per_thread = (columns * units).div_ceil(threads).max(columns.div_ceil(CONSUMER_WARPS));
+                let per_thread = (columns * units)
+                    .div_ceil(threads)
+                    .max(columns.div_ceil(CONSUMER_WARPS));
                 per_thread * VALUES_PER_WORD <= STREAM_REGISTERS
             }
             StreamForm::Scattered => (columns * units).div_ceil(frame.mesh.workers()) <= threads,
@@ -233,13 +299,29 @@ impl Search<'_> {
 
     fn weight_bytes(&self) -> u64 {
         let bytes = |linear: &FusedLinear| -> u64 {
-            linear.parts.iter().map(|w| self.graph.weights[w.0 as usize].shape.iter().product::<usize>() as u64 * 2).sum()
+            linear
+                .parts
+                .iter()
+                .map(|w| {
+                    self.graph.weights[w.0 as usize]
+                        .shape
+                        .iter()
+                        .product::<usize>() as u64
+                        * 2
+                })
+                .sum()
         };
         let layer: u64 = self
             .graph
             .layer
             .iter()
-            .map(|node| if let FusedOp::Linear(linear) = &node.op { bytes(linear) } else { 0 })
+            .map(|node| {
+                if let FusedOp::Linear(linear) = &node.op {
+                    bytes(linear)
+                } else {
+                    0
+                }
+            })
             .sum();
         layer * self.graph.layers as u64 + bytes(&self.graph.head)
     }
@@ -256,32 +338,59 @@ impl Search<'_> {
                     continue;
                 }
             };
-            let rows: usize = linear.parts.iter().map(|w| self.graph.weights[w.0 as usize].shape[0]).sum();
+            let rows: usize = linear
+                .parts
+                .iter()
+                .map(|w| self.graph.weights[w.0 as usize].shape[0])
+                .sum();
             let columns = self.graph.weights[linear.parts[0].0 as usize].shape[1];
             // The largest slice decides.
             let over = |size: usize, split: Split| {
-                let groups = if placement.groups == split { mesh.groups } else { 1 };
-                let members = if placement.members == split { mesh.members } else { 1 };
+                let groups = if placement.groups == split {
+                    mesh.groups
+                } else {
+                    1
+                };
+                let members = if placement.members == split {
+                    mesh.members
+                } else {
+                    1
+                };
                 (size / TILE).div_ceil(groups).div_ceil(members)
             };
             let (row_tiles, k_tiles) = (over(rows, Split::Rows), over(columns, Split::Columns));
             tiles += row_tiles * k_tiles;
             chain += machine.linear + machine.pass * (row_tiles.div_ceil(4) - 1) as f64;
-            let outputs = if linear.epilogue == Epilogue::SwiGlu { rows / 2 } else { rows };
+            let outputs = if linear.epilogue == Epilogue::SwiGlu {
+                rows / 2
+            } else {
+                rows
+            };
             chain += self.exchange_cost(frame, step, linear, placement, outputs, threads);
         }
-        let positions = if decode { self.target.batch * self.target.depth() } else { self.target.depth() };
+        let positions = if decode {
+            self.target.batch * self.target.depth()
+        } else {
+            self.target.depth()
+        };
         let kv_bytes = positions * 2 * self.attention.kv_heads * self.attention.head_dim * 2;
         let layer_stream = (tiles * TILE_BYTES * mesh.workers() + kv_bytes) as f64 / machine.stream;
         let layer = machine.overlap(layer_stream, chain);
         let head = if decode {
-            let head_tiles = (self.graph.vocab / TILE).div_ceil(mesh.ctas) * self.graph.hidden / TILE;
+            let head_tiles =
+                (self.graph.vocab / TILE).div_ceil(mesh.ctas) * self.graph.hidden / TILE;
             (head_tiles * TILE_BYTES * mesh.ctas) as f64 / machine.stream + 2.0 * machine.hop
         } else {
             machine.hop
         };
         let total = layer * self.graph.layers as f64 + head;
-        StepCost { layer_stream, layer_chain: chain, layer, head, total }
+        StepCost {
+            layer_stream,
+            layer_chain: chain,
+            layer,
+            head,
+            total,
+        }
     }
 
     /// What it takes to bring a linear's output to its reader.
@@ -296,13 +405,15 @@ impl Search<'_> {
     ) -> f64 {
         let (mesh, machine) = (&frame.mesh, &self.machine);
         let partials = |split: Split, size: usize| if split == Split::Columns { size } else { 1 };
-        let sums = partials(placement.groups, mesh.groups) * partials(placement.members, mesh.members);
+        let sums =
+            partials(placement.groups, mesh.groups) * partials(placement.members, mesh.members);
         let words = step.columns * outputs.div_ceil(VALUES_PER_WORD);
         match linear.epilogue {
             Epilogue::AddResidual => match step.stream {
                 StreamForm::Replicated => machine.exchange(words * sums, threads),
                 StreamForm::Scattered => {
-                    machine.exchange((words * sums).div_ceil(mesh.workers()), threads) + machine.exchange(words, threads)
+                    machine.exchange((words * sums).div_ceil(mesh.workers()), threads)
+                        + machine.exchange(words, threads)
                 }
             },
             // Read by the group, or by all where the next linear does not split its columns over the groups.
@@ -323,8 +434,16 @@ impl Search<'_> {
         let round = CONSUMER_WARPS * 32 * 8 / a.head_dim * 4;
         let rounds = self.target.depth().div_ceil(step.kv_splits * round);
         let task = rounds as f64 * machine.kv_round * frame.heads_per_task as f64;
-        let heads_of_reader = if self.stream_placement(frame).groups == Split::Rows { a.heads } else { heads };
-        let copies = if step.kv_splits > 1 { 2 * step.kv_splits } else { 1 };
+        let heads_of_reader = if self.stream_placement(frame).groups == Split::Rows {
+            a.heads
+        } else {
+            heads
+        };
+        let copies = if step.kv_splits > 1 {
+            2 * step.kv_splits
+        } else {
+            1
+        };
         let words = step.columns * heads_of_reader * a.head_dim.div_ceil(VALUES_PER_WORD) * copies;
         machine.attention * tasks.div_ceil(mesh.members) as f64
             + task * tasks.div_ceil(mesh.members) as f64

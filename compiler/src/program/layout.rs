@@ -47,15 +47,33 @@ fn padded(width: usize) -> usize {
 }
 
 /// Bytes of everything in shared memory but the ring's pages.
-pub(super) fn regions(linears: &[Linear], head: &Linear, attention: &Attention, steps: [&Step; 2]) -> Vec<(&'static str, usize)> {
+pub(super) fn regions(
+    linears: &[Linear],
+    head: &Linear,
+    attention: &Attention,
+    steps: [&Step; 2],
+) -> Vec<(&'static str, usize)> {
     let columns = steps.iter().map(|step| step.columns).max().unwrap_or(1);
     let decode = steps[1].columns;
-    let width = linears.iter().chain([head]).map(Linear::width).chain([attention.width()]).max().unwrap_or(0);
-    let products = |linear: &Linear| linear.tiling.warp_k() * columns * (linear.tiling.pass_tiles * 16 + 4) * 4;
+    let width = linears
+        .iter()
+        .chain([head])
+        .map(Linear::width)
+        .chain([attention.width()])
+        .max()
+        .unwrap_or(0);
+    let products = |linear: &Linear| {
+        linear.tiling.warp_k() * columns * (linear.tiling.pass_tiles * 16 + 4) * 4
+    };
     let warp_results = CONSUMER_WARPS * attention.heads_per_task * (attention.head_dim + 4) * 4;
     // Candidates of the warps, the winners and the stop flag; then the sampler's histograms and thresholds.
     let sampling = 8 * (decode * CONSUMER_WARPS + decode + 1) + decode * (2 * 256 * 4 + 4 + 4 + 8);
-    let scratch = linears.iter().map(products).chain([warp_results, sampling]).max().unwrap_or(0);
+    let scratch = linears
+        .iter()
+        .map(products)
+        .chain([warp_results, sampling])
+        .max()
+        .unwrap_or(0);
     vec![
         ("RingStorage", 16 * MAX_PAGES + 16),
         ("Columns", super::super::plan::Target::MAX_COLUMNS * 24),
@@ -72,7 +90,11 @@ const MAX_PAGES: usize = 32;
 const ENOUGH_RING: usize = 128 * 1024;
 
 /// Lays the regions out and gives what is left, up to what helps, to the ring. `None` where less than three pages fit.
-pub(super) fn shared_memory(mut parts: Vec<(&'static str, usize)>, page_bytes: usize, limit: usize) -> Option<(SharedLayout, Ring)> {
+pub(super) fn shared_memory(
+    mut parts: Vec<(&'static str, usize)>,
+    page_bytes: usize,
+    limit: usize,
+) -> Option<(SharedLayout, Ring)> {
     let align = |bytes: usize| bytes.next_multiple_of(ALIGN);
     let used: usize = parts.iter().map(|(_, bytes)| align(*bytes)).sum();
     let pages = limit.checked_sub(used)?.min(ENOUGH_RING) / page_bytes;
@@ -91,12 +113,23 @@ pub(super) fn shared_memory(mut parts: Vec<(&'static str, usize)>, page_bytes: u
     let regions = parts
         .into_iter()
         .map(|(name, bytes)| {
-            let region = Region { name: name.to_owned(), at, bytes };
+            let region = Region {
+                name: name.to_owned(),
+                at,
+                bytes,
+            };
             at += align(bytes);
             region
         })
         .collect();
-    Some((SharedLayout { regions, bytes: at }, Ring { pages, page_bytes, in_flight: in_flight.min(pages - 1) }))
+    Some((
+        SharedLayout { regions, bytes: at },
+        Ring {
+            pages,
+            page_bytes,
+            in_flight: in_flight.min(pages - 1),
+        },
+    ))
 }
 
 /// Gives out words of the exchange area; every buffer begins on a cache line.
@@ -116,13 +149,25 @@ impl Words {
     }
 
     /// The buffers that every program has, and the whole size.
-    pub(super) fn finish(mut self, mesh: &Mesh, stream_words: usize, decode_columns: usize) -> ExchangeLayout {
+    pub(super) fn finish(
+        mut self,
+        mesh: &Mesh,
+        stream_words: usize,
+        decode_columns: usize,
+    ) -> ExchangeLayout {
         let stream_at = self.take(stream_words);
         let candidates_at = self.take(decode_columns * mesh.ctas);
         let samples_at = self.take(decode_columns * mesh.ctas);
         let barrier_at = self.take(mesh.ctas);
         // 64-bit counts: two step parities, two kinds, four levels of 256 bins (`device/sampling.cuh`, `Histograms`).
         let histograms_at = self.take(2 * 2 * 4 * decode_columns * 256 / 2);
-        ExchangeLayout { stream_at, candidates_at, samples_at, barrier_at, histograms_at, words: self.next }
+        ExchangeLayout {
+            stream_at,
+            candidates_at,
+            samples_at,
+            barrier_at,
+            histograms_at,
+            words: self.next,
+        }
     }
 }

@@ -4,10 +4,12 @@ use thiserror::Error;
 
 use super::layout::{self, Words};
 use super::{
-    Along, Attention, CONSUMER_WARPS, Exchange, Linear, Next, Norm, Norms, Phase, Program, RowOrder, Step, TILE, TILE_BYTES,
-    Tiling,
+    Along, Attention, CONSUMER_WARPS, Exchange, Linear, Next, Norm, Norms, Phase, Program,
+    RowOrder, Step, TILE, TILE_BYTES, Tiling,
 };
-use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedNorm, FusedOp, Input, WeightId};
+use crate::fuse::{
+    Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedNorm, FusedOp, Input, WeightId,
+};
 use crate::mesh::{Mesh, Placement, Share, Split};
 use crate::plan::{Plan, StepPlan, StreamForm, Target};
 
@@ -15,7 +17,9 @@ use crate::plan::{Plan, StepPlan, StreamForm, Target};
 #[derive(Clone, Debug, Error, PartialEq)]
 pub enum ProgramError {
     /// A size that the tiles do not divide.
-    #[error("{node}: {what} is {size}, which is no multiple of {multiple}; the tensor cores' tiles need it to be")]
+    #[error(
+        "{node}: {what} is {size}, which is no multiple of {multiple}; the tensor cores' tiles need it to be"
+    )]
     Tile {
         /// The fused node.
         node: String,
@@ -43,7 +47,9 @@ pub enum ProgramError {
         reason: String,
     },
     /// More than the GPU's shared memory.
-    #[error("the activations of {columns} columns leave no room for the weight ring in {limit} bytes of shared memory")]
+    #[error(
+        "the activations of {columns} columns leave no room for the weight ring in {limit} bytes of shared memory"
+    )]
     SharedMemory {
         /// Columns of the larger step.
         columns: usize,
@@ -63,7 +69,14 @@ impl Program {
     pub fn new(graph: &FusedGraph, plan: &Plan, target: &Target) -> Result<Program, ProgramError> {
         let mut best: Option<Program> = None;
         for (page_bytes, tiles_per_warp) in TILINGS {
-            let program = Lowering { graph, plan, target, page_bytes, tiles_per_warp }.program()?;
+            let program = Lowering {
+                graph,
+                plan,
+                target,
+                page_bytes,
+                tiles_per_warp,
+            }
+            .program()?;
             if let Some(program) = program {
                 let ring = |p: &Program| p.ring.pages * p.ring.page_bytes;
                 let good = ring(&program) >= GOOD_RING;
@@ -103,17 +116,30 @@ impl Lowering<'_> {
             match (&node.op, plan.placements[i]) {
                 (FusedOp::Linear(linear), Some(placement)) => {
                     index_of[i] = Some(linears.len());
-                    let heads = graph.layer.iter().any(|n| matches!(&n.op, FusedOp::Attention(a) if a.qkv == i));
-                    linears.push(self.linear(&node.name, &node.sources, linear, placement, heads, &mut norms)?);
+                    let heads = graph
+                        .layer
+                        .iter()
+                        .any(|n| matches!(&n.op, FusedOp::Attention(a) if a.qkv == i));
+                    linears.push(self.linear(
+                        &node.name,
+                        &node.sources,
+                        linear,
+                        placement,
+                        heads,
+                        &mut norms,
+                    )?);
                 }
                 (FusedOp::Attention(a), _) => attention = Some((i, node, a)),
-                (FusedOp::Linear(_), None) => return Err(dataflow(&node.name, "the plan gives it no placement")),
+                (FusedOp::Linear(_), None) => {
+                    return Err(dataflow(&node.name, "the plan gives it no placement"));
+                }
             }
         }
         let Some((attention_node, node, fused)) = attention else {
             return Err(dataflow(&graph.name, "a layer without attention"));
         };
-        let qkv = index_of[fused.qkv].ok_or_else(|| dataflow(&node.name, "q, k and v do not come from a linear"))?;
+        let qkv = index_of[fused.qkv]
+            .ok_or_else(|| dataflow(&node.name, "q, k and v do not come from a linear"))?;
         let mut attention = self.attention(&node.name, &node.sources, fused, qkv, &mut norms)?;
         let mut head = self.head(&graph.head, &mut norms)?;
         let norms = norms.finish(graph, &mut linears, &mut head, &mut attention);
@@ -130,18 +156,30 @@ impl Lowering<'_> {
             layer: Vec::new(),
         };
         let (mut prefill, mut decode) = (step_of(&plan.prefill), step_of(&plan.decode));
-        let task_words = |step: &Step| attention.tasks(step) * attention.heads_per_task * attention.task_words(step);
-        attention.words_at = words.take(mesh.groups * task_words(&prefill).max(task_words(&decode)));
+        let task_words = |step: &Step| {
+            attention.tasks(step) * attention.heads_per_task * attention.task_words(step)
+        };
+        attention.words_at =
+            words.take(mesh.groups * task_words(&prefill).max(task_words(&decode)));
 
         // The stream's units: words of the linears that write it, those that lie side by side.
-        let layer = LayerShape { graph, linears: &linears, index_of: &index_of, attention_node };
-        let writers: Vec<usize> =
-            (0..linears.len()).filter(|&l| linears[l].epilogue == Epilogue::AddResidual).collect();
+        let layer = LayerShape {
+            graph,
+            linears: &linears,
+            index_of: &index_of,
+            attention_node,
+        };
+        let writers: Vec<usize> = (0..linears.len())
+            .filter(|&l| linears[l].epilogue == Epilogue::AddResidual)
+            .collect();
         let gathered: Vec<(usize, usize)> = writers
             .iter()
             .map(|&l| {
                 let exchange = stream_exchange(l, &linears[l]);
-                (l, words.take(side_by_side(&exchange, mesh) * columns * linears[l].words()))
+                (
+                    l,
+                    words.take(side_by_side(&exchange, mesh) * columns * linears[l].words()),
+                )
             })
             .collect();
         for step in [&mut prefill, &mut decode] {
@@ -153,7 +191,12 @@ impl Lowering<'_> {
         let exchange = words.finish(mesh, stream_words, decode.columns);
 
         let regions = layout::regions(&linears, &head, &attention, [&prefill, &decode]);
-        let page = linears.iter().chain([&head]).map(|l| l.tiling.page_bytes()).max().unwrap_or(TILE_BYTES);
+        let page = linears
+            .iter()
+            .chain([&head])
+            .map(|l| l.tiling.page_bytes())
+            .max()
+            .unwrap_or(TILE_BYTES);
         let limit = self.target.gpu.smem_per_block_optin as usize;
         let Some((shared, ring)) = layout::shared_memory(regions, page, limit) else {
             return Ok(None);
@@ -197,7 +240,13 @@ impl Lowering<'_> {
         tile(name, "the input's width", columns, TILE)?;
         let (order, row_units, unit_tiles) = if makes_heads {
             tile(name, "a group's rows", rows / mesh.groups, TILE)?;
-            (RowOrder::ByGroup { groups: mesh.groups }, mesh.groups, rows / mesh.groups / TILE)
+            (
+                RowOrder::ByGroup {
+                    groups: mesh.groups,
+                },
+                mesh.groups,
+                rows / mesh.groups / TILE,
+            )
         } else if linear.epilogue == Epilogue::SwiGlu {
             tile(name, "the output's width", parts[0].1, TILE)?;
             (RowOrder::Interleaved, parts[0].1 / TILE, 2)
@@ -239,7 +288,10 @@ impl Lowering<'_> {
             order: RowOrder::Stacked,
             epilogue: Epilogue::Store,
             norm: head.norm.map(|norm| norms.add_last(norm)),
-            placement: Placement { groups: Split::Rows, members: Split::Rows },
+            placement: Placement {
+                groups: Split::Rows,
+                members: Split::Rows,
+            },
             row_units: self.graph.vocab.div_ceil(TILE),
             unit_tiles: 1,
             k_tiles: columns / TILE,
@@ -249,7 +301,13 @@ impl Lowering<'_> {
         let ctas = self.plan.mesh.ctas;
         let slices: Vec<(Share, Share)> = (0..ctas)
             .map(|cta| {
-                (crate::mesh::share(lowered.row_units, ctas, cta), Share { begin: 0, count: lowered.k_tiles })
+                (
+                    crate::mesh::share(lowered.row_units, ctas, cta),
+                    Share {
+                        begin: 0,
+                        count: lowered.k_tiles,
+                    },
+                )
             })
             .collect();
         // Whole rows to a warp: the many rows of a head need no sum over the warps.
@@ -258,7 +316,11 @@ impl Lowering<'_> {
     }
 
     fn parts(&self, linear: &FusedLinear) -> Vec<(WeightId, usize)> {
-        linear.parts.iter().map(|&weight| (weight, self.graph.weights[weight.0 as usize].shape[0])).collect()
+        linear
+            .parts
+            .iter()
+            .map(|&weight| (weight, self.graph.weights[weight.0 as usize].shape[0]))
+            .collect()
     }
 
     fn attention(
@@ -270,7 +332,10 @@ impl Lowering<'_> {
         norms: &mut NormTable,
     ) -> Result<Attention, ProgramError> {
         if ![64, 128, 256].contains(&fused.head_dim) {
-            return Err(ProgramError::HeadDim { node: name.to_owned(), head_dim: fused.head_dim });
+            return Err(ProgramError::HeadDim {
+                node: name.to_owned(),
+                head_dim: fused.head_dim,
+            });
         }
         Ok(Attention {
             name: name.to_owned(),
@@ -289,12 +354,26 @@ impl Lowering<'_> {
     }
 
     fn tiling(&self, slices: &[(Share, Share)], warp_rows: usize) -> Tiling {
-        let rows = slices.iter().map(|(rows, _)| rows.count).max().unwrap_or(0).max(1);
-        let k = slices.iter().map(|(_, k)| k.count).max().unwrap_or(0).max(1);
+        let rows = slices
+            .iter()
+            .map(|(rows, _)| rows.count)
+            .max()
+            .unwrap_or(0)
+            .max(1);
+        let k = slices
+            .iter()
+            .map(|(_, k)| k.count)
+            .max()
+            .unwrap_or(0)
+            .max(1);
         let page_tiles = self.page_bytes / TILE_BYTES;
         let warp_k = CONSUMER_WARPS / warp_rows;
         // A page holds at least one column tile of every warp.
-        let most = if warp_rows == 1 { self.tiles_per_warp.min(page_tiles / warp_k) } else { 1 };
+        let most = if warp_rows == 1 {
+            self.tiles_per_warp.min(page_tiles / warp_k)
+        } else {
+            1
+        };
         let passes = rows.div_ceil(most * warp_rows);
         let tiles_per_warp = rows.div_ceil(passes * warp_rows);
         let pass_tiles = tiles_per_warp * warp_rows;
@@ -328,13 +407,21 @@ const EMPTY_TILING: Tiling = Tiling {
 
 fn tile(node: &str, what: &'static str, size: usize, multiple: usize) -> Result<(), ProgramError> {
     if size == 0 || size % multiple != 0 {
-        return Err(ProgramError::Tile { node: node.to_owned(), what, size, multiple });
+        return Err(ProgramError::Tile {
+            node: node.to_owned(),
+            what,
+            size,
+            multiple,
+        });
     }
     Ok(())
 }
 
 fn dataflow(node: &str, reason: &str) -> ProgramError {
-    ProgramError::Dataflow { node: node.to_owned(), reason: reason.to_owned() }
+    ProgramError::Dataflow {
+        node: node.to_owned(),
+        reason: reason.to_owned(),
+    }
 }
 
 /// Collects the gammas; offsets are known once all of a layer's are.
@@ -347,33 +434,66 @@ struct NormTable {
 
 impl NormTable {
     fn new(graph: &FusedGraph) -> NormTable {
-        let lengths = graph.weights.iter().map(|weight| weight.shape.iter().product()).collect();
-        NormTable { layer: Vec::new(), stride: 0, last: None, lengths }
+        let lengths = graph
+            .weights
+            .iter()
+            .map(|weight| weight.shape.iter().product())
+            .collect();
+        NormTable {
+            layer: Vec::new(),
+            stride: 0,
+            last: None,
+            lengths,
+        }
     }
 
     fn add(&mut self, norm: FusedNorm) -> Norm {
         let at = self.stride;
         self.layer.push((norm.gamma, at));
         self.stride += self.lengths[norm.gamma.0 as usize].next_multiple_of(8);
-        Norm { gamma_at: at, gamma_stride: 0, eps: norm.eps }
+        Norm {
+            gamma_at: at,
+            gamma_stride: 0,
+            eps: norm.eps,
+        }
     }
 
     fn add_last(&mut self, norm: FusedNorm) -> Norm {
         self.last = Some(norm.gamma);
-        Norm { gamma_at: 0, gamma_stride: 0, eps: norm.eps }
+        Norm {
+            gamma_at: 0,
+            gamma_stride: 0,
+            eps: norm.eps,
+        }
     }
 
-    fn finish(self, graph: &FusedGraph, linears: &mut [Linear], head: &mut Linear, attention: &mut Attention) -> Norms {
+    fn finish(
+        self,
+        graph: &FusedGraph,
+        linears: &mut [Linear],
+        head: &mut Linear,
+        attention: &mut Attention,
+    ) -> Norms {
         let of_layer = linears.iter_mut().filter_map(|linear| linear.norm.as_mut());
-        for norm in of_layer.chain(attention.q_norm.as_mut()).chain(attention.k_norm.as_mut()) {
+        for norm in of_layer
+            .chain(attention.q_norm.as_mut())
+            .chain(attention.k_norm.as_mut())
+        {
             norm.gamma_stride = self.stride;
         }
         let last_at = graph.layers * self.stride;
         if let Some(norm) = &mut head.norm {
             norm.gamma_at = last_at;
         }
-        let last = self.last.map_or(0, |weight| self.lengths[weight.0 as usize]);
-        Norms { layer: self.layer, layer_stride: self.stride, last: self.last, len: last_at + last }
+        let last = self
+            .last
+            .map_or(0, |weight| self.lengths[weight.0 as usize]);
+        Norms {
+            layer: self.layer,
+            layer_stride: self.stride,
+            last: self.last,
+            len: last_at + last,
+        }
     }
 }
 
@@ -408,16 +528,25 @@ struct LayerShape<'a> {
 }
 
 impl LayerShape<'_> {
-    fn phases(&self, form: StreamForm, gathered: &[(usize, usize)]) -> Result<Vec<Phase>, ProgramError> {
+    fn phases(
+        &self,
+        form: StreamForm,
+        gathered: &[(usize, usize)],
+    ) -> Result<Vec<Phase>, ProgramError> {
         let mut phases = Vec::new();
         let mut stream_is_ready = true;
         for (i, node) in self.graph.layer.iter().enumerate() {
             let linear = match &node.op {
                 FusedOp::Attention(a) => {
-                    let qkv = self.index_of[a.qkv].ok_or_else(|| dataflow(&node.name, "q, k and v do not come from a linear"))?;
+                    let qkv = self.index_of[a.qkv].ok_or_else(|| {
+                        dataflow(&node.name, "q, k and v do not come from a linear")
+                    })?;
                     let placement = self.linears[qkv].placement;
                     if placement.groups != Split::Rows {
-                        return Err(dataflow(&node.name, "q, k and v are partial sums over groups"));
+                        return Err(dataflow(
+                            &node.name,
+                            "q, k and v are partial sums over groups",
+                        ));
                     }
                     phases.push(Phase::Attention(Exchange {
                         source: qkv,
@@ -439,19 +568,25 @@ impl LayerShape<'_> {
                     ));
                 }
                 Input::Residual => stream_is_ready = false,
-                Input::Node(from) if from == self.attention_node => phases.push(Phase::CollectHeads {
-                    next: index,
-                    all_groups: self.linears[index].placement.groups == Split::Rows,
-                }),
+                Input::Node(from) if from == self.attention_node => {
+                    phases.push(Phase::CollectHeads {
+                        next: index,
+                        all_groups: self.linears[index].placement.groups == Split::Rows,
+                    })
+                }
                 Input::Node(from) => {
-                    let source = self.index_of[from].ok_or_else(|| dataflow(&node.name, "its input is no linear"))?;
+                    let source = self.index_of[from]
+                        .ok_or_else(|| dataflow(&node.name, "its input is no linear"))?;
                     let (from, to) = (&self.linears[source], &self.linears[index]);
                     let exchange = Exchange {
                         source,
                         groups: along(from.placement.groups, to.placement.groups == Split::Rows),
                         members: along(from.placement.members, true),
                     };
-                    phases.push(Phase::Collect { exchange, next: index });
+                    phases.push(Phase::Collect {
+                        exchange,
+                        next: index,
+                    });
                 }
             }
             phases.push(Phase::Linear(index));
@@ -461,9 +596,16 @@ impl LayerShape<'_> {
                 match form {
                     StreamForm::Replicated => phases.push(Phase::AddToStream { exchange, next }),
                     StreamForm::Scattered => {
-                        let words_at = gathered.iter().find(|(l, _)| *l == index).map_or(0, |&(_, at)| at);
+                        let words_at = gathered
+                            .iter()
+                            .find(|(l, _)| *l == index)
+                            .map_or(0, |&(_, at)| at);
                         phases.push(Phase::ReduceScatter { exchange, words_at });
-                        phases.push(Phase::GatherStream { exchange, words_at, next });
+                        phases.push(Phase::GatherStream {
+                            exchange,
+                            words_at,
+                            next,
+                        });
                     }
                 }
                 stream_is_ready = true;
@@ -478,7 +620,10 @@ impl LayerShape<'_> {
             .iter()
             .zip(&self.index_of[node + 1..])
             .find_map(|(n, index)| match &n.op {
-                FusedOp::Linear(FusedLinear { input: Input::Residual, .. }) => *index,
+                FusedOp::Linear(FusedLinear {
+                    input: Input::Residual,
+                    ..
+                }) => *index,
                 _ => None,
             })
             .map_or(Next::NextLayer, Next::SameLayer)

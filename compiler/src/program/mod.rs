@@ -191,7 +191,11 @@ impl Linear {
 
     /// Outputs of one row tile.
     pub fn outputs_per_tile(&self) -> usize {
-        if self.epilogue == Epilogue::SwiGlu { TILE / 2 } else { TILE }
+        if self.epilogue == Epilogue::SwiGlu {
+            TILE / 2
+        } else {
+            TILE
+        }
     }
 
     /// Words of one column of one CTA for one pass.
@@ -211,16 +215,28 @@ impl Linear {
 
     /// The tiles of one worker: row tiles and column tiles.
     pub fn slice(&self, mesh: &Mesh, group: usize, member: usize) -> (Share, Share) {
-        let mut rows = Share { begin: 0, count: self.row_units };
-        let mut k = Share { begin: 0, count: self.k_tiles };
+        let mut rows = Share {
+            begin: 0,
+            count: self.row_units,
+        };
+        let mut k = Share {
+            begin: 0,
+            count: self.k_tiles,
+        };
         match self.placement.groups {
             Split::Rows => rows = share(self.row_units, mesh.groups, group),
             Split::Columns => k = share(self.k_tiles, mesh.groups, group),
         }
-        rows = Share { begin: rows.begin * self.unit_tiles, count: rows.count * self.unit_tiles };
+        rows = Share {
+            begin: rows.begin * self.unit_tiles,
+            count: rows.count * self.unit_tiles,
+        };
         let of_member = |whole: Share| {
             let part = share(whole.count, mesh.members, member);
-            Share { begin: whole.begin + part.begin, count: part.count }
+            Share {
+                begin: whole.begin + part.begin,
+                count: part.count,
+            }
         };
         match self.placement.members {
             Split::Rows => rows = of_member(rows),
@@ -231,7 +247,8 @@ impl Linear {
 
     /// Row tiles of pass `pass` of a slice with `rows` of them.
     pub fn pass_rows(&self, rows: usize, pass: usize) -> usize {
-        rows.saturating_sub(pass * self.tiling.pass_tiles).min(self.tiling.pass_tiles)
+        rows.saturating_sub(pass * self.tiling.pass_tiles)
+            .min(self.tiling.pass_tiles)
     }
 }
 
@@ -417,12 +434,20 @@ impl Program {
 
     /// Exchange hops of a layer in a step.
     pub fn exchanges(&self, step: &Step) -> usize {
-        step.layer.iter().filter(|phase| !matches!(phase, Phase::Linear(_))).count()
+        step.layer
+            .iter()
+            .filter(|phase| !matches!(phase, Phase::Linear(_)))
+            .count()
     }
 
     /// Elements of the key cache, and of the value cache.
     pub fn cache_elements(&self) -> usize {
-        self.layers * self.slots * self.attention.kv_heads * self.mesh.groups * self.max_seq * self.attention.head_dim
+        self.layers
+            * self.slots
+            * self.attention.kv_heads
+            * self.mesh.groups
+            * self.max_seq
+            * self.attention.head_dim
     }
 
     /// The head's row tiles of a CTA.
@@ -433,7 +458,11 @@ impl Program {
 
 impl fmt::Display for Program {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "program {}: {} layers on {}", self.name, self.layers, self.mesh)?;
+        writeln!(
+            f,
+            "program {}: {} layers on {}",
+            self.name, self.layers, self.mesh
+        )?;
         for linear in self.linears.iter().chain([&self.head]) {
             let t = &linear.tiling;
             writeln!(
@@ -462,7 +491,12 @@ impl fmt::Display for Program {
                 writeln!(f, "  {}", self.describe(phase))?;
             }
         }
-        writeln!(f, "exchange area: {} words ({} KB)", self.exchange.words, self.exchange.words * WORD_BYTES / 1024)
+        writeln!(
+            f,
+            "exchange area: {} words ({} KB)",
+            self.exchange.words,
+            self.exchange.words * WORD_BYTES / 1024
+        )
     }
 }
 
@@ -476,7 +510,12 @@ impl Program {
             Along::Sum => format!("sum over {axis}s"),
         };
         let view = |e: &Exchange| {
-            format!("{} ({}, {})", name(e.source), along(e.groups, "group"), along(e.members, "member"))
+            format!(
+                "{} ({}, {})",
+                name(e.source),
+                along(e.groups, "group"),
+                along(e.members, "member")
+            )
         };
         let next = |next: &Next| match next {
             Next::SameLayer(index) => name(*index).to_owned(),
@@ -486,15 +525,25 @@ impl Program {
             Phase::Linear(index) => format!("linear {}", name(*index)),
             Phase::Attention(exchange) => format!("attention on {}", view(exchange)),
             Phase::CollectHeads { next, all_groups } => {
-                let whose = if *all_groups { "all groups'" } else { "the group's" };
+                let whose = if *all_groups {
+                    "all groups'"
+                } else {
+                    "the group's"
+                };
                 format!("collect {whose} heads for {}", name(*next))
             }
-            Phase::Collect { exchange, next } => format!("collect {} for {}", view(exchange), name(*next)),
+            Phase::Collect { exchange, next } => {
+                format!("collect {} for {}", view(exchange), name(*next))
+            }
             Phase::AddToStream { exchange, next: n } => {
                 format!("add {} to the stream, prepare {}", view(exchange), next(n))
             }
-            Phase::ReduceScatter { exchange, .. } => format!("reduce-scatter {} into the stream", view(exchange)),
-            Phase::GatherStream { next: n, .. } => format!("all-gather the stream, prepare {}", next(n)),
+            Phase::ReduceScatter { exchange, .. } => {
+                format!("reduce-scatter {} into the stream", view(exchange))
+            }
+            Phase::GatherStream { next: n, .. } => {
+                format!("all-gather the stream, prepare {}", next(n))
+            }
         }
     }
 }

@@ -38,8 +38,16 @@ impl Linear {
             RowOrder::ByGroup { groups } => {
                 let of_group = self.rows() / groups;
                 let element = self.in_parts(row % of_group, *groups)?;
-                let rows = self.parts.iter().find(|(weight, _)| *weight == element.weight)?.1 / groups;
-                Some(Element { row: element.row + row / of_group * rows, ..element })
+                let rows = self
+                    .parts
+                    .iter()
+                    .find(|(weight, _)| *weight == element.weight)?
+                    .1
+                    / groups;
+                Some(Element {
+                    row: element.row + row / of_group * rows,
+                    ..element
+                })
             }
             RowOrder::Interleaved => {
                 let half = TILE / 2;
@@ -76,7 +84,11 @@ impl Linear {
 impl Program {
     /// Calls `f` for every tile of a CTA, in the order of its stream.
     pub fn for_each_tile(&self, cta: usize, mut f: impl FnMut(Tile)) {
-        let mut walk = |linear: &Linear, index: Option<usize>, layer: usize, rows: crate::mesh::Share, k: crate::mesh::Share| {
+        let mut walk = |linear: &Linear,
+                        index: Option<usize>,
+                        layer: usize,
+                        rows: crate::mesh::Share,
+                        k: crate::mesh::Share| {
             for pass in 0..linear.tiling.passes {
                 for k_tile in 0..k.count {
                     for row in 0..linear.pass_rows(rows.count, pass) {
@@ -99,7 +111,16 @@ impl Program {
                 }
             }
         }
-        walk(&self.head, None, 0, self.head_rows(cta), crate::mesh::Share { begin: 0, count: self.head.k_tiles });
+        walk(
+            &self.head,
+            None,
+            0,
+            self.head_rows(cta),
+            crate::mesh::Share {
+                begin: 0,
+                count: self.head.k_tiles,
+            },
+        );
     }
 
     /// Bytes of a CTA's stream.
