@@ -1,75 +1,16 @@
 //! Prompts to tokens: prefill, then one decode step for each further token.
 //!
-//! Owns requests, their limits and the order of steps. The tokens stay on the GPU from step to step; the host looks at
+//! Owns the order of passes and steps. The tokens stay on the GPU from step to step; the host looks at
 //! them only to stop early, and then one step late, so that the GPU never waits for it.
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::forward::{Chosen, Cutoffs, Pass};
-use super::kernels::Sampling;
+use super::request::{GenerateOutput, GenerateRequest, LaunchMode, Limits, Stops, Timings};
 use super::rows::{Chunk, Prefill};
 use super::{Baseline, BaselineError};
 use crate::gpu::{CapturedGraph, DeviceBuffer, Event, Gpu};
-use crate::sampler::SamplingParams;
-
-/// How a decode step is put on the GPU.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LaunchMode {
-    /// One launch after the other, by the host.
-    #[default]
-    Eager,
-    /// All launches of a step at once, as a CUDA graph recorded before.
-    Graph,
-}
-
-/// A prompt and how its answer is sampled.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Prompt {
-    /// Token ids, at least one.
-    pub tokens: Vec<u32>,
-    /// Greedy, temperature, top-k, top-p, seed.
-    pub sampling: SamplingParams,
-    /// Tells prompts of the same seed apart.
-    pub sequence: u32,
-}
-
-/// What to generate.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GenerateRequest {
-    /// One for each sequence, up to `max_batch`.
-    pub prompts: Vec<Prompt>,
-    /// Tokens for each, at least one.
-    pub max_new_tokens: usize,
-    /// Tokens that end a sequence; with none, each gets `max_new_tokens`.
-    pub stop_tokens: Vec<u32>,
-    /// How decode steps are launched.
-    pub mode: LaunchMode,
-}
-
-/// What was generated, and how long it took.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GenerateOutput {
-    /// The new tokens of each sequence, with the stop token that ended it, if one did.
-    pub tokens: Vec<Vec<u32>>,
-    /// Times of the whole request.
-    pub timings: Timings,
-}
-
-/// Times in milliseconds. Copying the prompts to the GPU, choosing algorithms and recording graphs are not counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Timings {
-    /// Host time until the first token of every sequence was there.
-    pub time_to_first_token: f64,
-    /// Host time until the last token was there.
-    pub total: f64,
-    /// GPU time of the prefill, to its sampled tokens.
-    pub prefill: f64,
-    /// GPU time of the decode steps, gaps between launches included.
-    pub decode: f64,
-    /// Decode steps, each of one token for every sequence.
-    pub decode_steps: usize,
-}
 
 impl Baseline {
     /// Generates tokens for all prompts together.
@@ -77,7 +18,12 @@ impl Baseline {
     /// # Errors
     /// [`BaselineError::Request`] or [`BaselineError::Sampling`] for a request that cannot be served, or a failing call.
     pub fn generate(&mut self, request: &GenerateRequest) -> Result<GenerateOutput, BaselineError> {
-        let (sampling, cutoffs) = self.check(request)?;
+        let limits = Limits {
+            batch: self.max_batch,
+            seq: self.max_seq,
+            vocab: self.program.vocab,
+        };
+        let (sampling, cutoffs) = limits.check(request)?;
         let batch = request.prompts.len();
         let prompts: Vec<&[u32]> = request
             .prompts
@@ -147,7 +93,7 @@ impl Baseline {
                 // The step before the last one launched; the GPU is busy with that.
                 passed[step % 2].synchronize()?;
             }
-            if stops.look(self, step.max(1)) {
+            if stops.look(step.max(1), |slot, index| self.token(slot, index)) {
                 break;
             }
             self.launch_step(graph.as_mut(), batch, longest + step + 1, cutoffs)?;
@@ -231,63 +177,6 @@ impl Baseline {
     fn token(&self, slot: usize, index: usize) -> u32 {
         self.buffers.history.atomics()[slot * self.max_seq + index].load(Ordering::Acquire)
     }
-
-    /// What the sampler is told, if the request can be served.
-    fn check(&self, request: &GenerateRequest) -> Result<(Vec<Sampling>, Cutoffs), BaselineError> {
-        let refuse = |text: String| Err(BaselineError::Request(text));
-        let (batch, new) = (request.prompts.len(), request.max_new_tokens);
-        if batch == 0 || batch > self.max_batch {
-            return refuse(format!(
-                "{batch} prompts, but the baseline was made for 1 to {}",
-                self.max_batch
-            ));
-        }
-        if new == 0 {
-            return refuse("max_new_tokens is 0; ask for at least one token".to_owned());
-        }
-        let mut cutoffs = Cutoffs::default();
-        let mut sampling = Vec::new();
-        for (index, prompt) in request.prompts.iter().enumerate() {
-            let length = prompt.tokens.len();
-            if length == 0 {
-                return refuse(format!(
-                    "prompt {index} is empty; give it at least one token"
-                ));
-            }
-            if length.saturating_add(new) > self.max_seq {
-                return refuse(format!(
-                    "prompt {index} has {length} tokens, and with {new} new ones it passes the context of {}; \
-                     shorten it, ask for fewer tokens or raise the context",
-                    self.max_seq
-                ));
-            }
-            if let Some(token) = prompt
-                .tokens
-                .iter()
-                .find(|token| **token as usize >= self.program.vocab)
-            {
-                let vocab = self.program.vocab;
-                return refuse(format!(
-                    "prompt {index} holds token {token}, but there are {vocab}; use the model's tokenizer"
-                ));
-            }
-            let params = prompt.sampling;
-            let sampler = params.sampler().map_err(|error| BaselineError::Sampling {
-                prompt: index,
-                error,
-            })?;
-            cutoffs.top_k |= !params.is_greedy() && params.top_k > 0;
-            cutoffs.top_p |= !params.is_greedy() && params.top_p < 1.0;
-            sampling.push(Sampling {
-                seed: params.seed,
-                inverse_temperature: sampler.inverse_temperature(),
-                top_p: params.top_p,
-                top_k: params.top_k,
-                sequence: prompt.sequence,
-            });
-        }
-        Ok((sampling, cutoffs))
-    }
 }
 
 /// The lists of a [`Prefill`] on the GPU.
@@ -329,48 +218,5 @@ impl PrefillLists {
     /// Address of the rows that end a prompt.
     fn ends(&self, chunk: &Chunk) -> u64 {
         self.ends.device_pointer() + 4 * chunk.ends.start as u64
-    }
-}
-
-/// Which sequences have met a stop token.
-struct Stops<'a> {
-    tokens: &'a [u32],
-    stopped: Vec<bool>,
-    seen: usize,
-}
-
-impl<'a> Stops<'a> {
-    fn new(tokens: &'a [u32], batch: usize) -> Self {
-        Self {
-            tokens,
-            stopped: vec![false; batch],
-            seen: 0,
-        }
-    }
-
-    /// Looks at the tokens up to number `made`; whether all sequences have stopped.
-    fn look(&mut self, baseline: &Baseline, made: usize) -> bool {
-        if self.tokens.is_empty() {
-            return false;
-        }
-        for index in self.seen..made {
-            for (slot, stopped) in self.stopped.iter_mut().enumerate() {
-                *stopped |= self.tokens.contains(&baseline.token(slot, index));
-            }
-        }
-        self.seen = self.seen.max(made);
-        self.stopped.iter().all(|stopped| *stopped)
-    }
-
-    /// Tokens up to the first stop token, that one included.
-    fn cut(&self, tokens: impl Iterator<Item = u32>) -> Vec<u32> {
-        let mut kept = Vec::new();
-        for token in tokens {
-            kept.push(token);
-            if self.tokens.contains(&token) {
-                break;
-            }
-        }
-        kept
     }
 }

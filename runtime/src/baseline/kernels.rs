@@ -8,6 +8,7 @@ use std::mem::size_of;
 
 use bytemuck::{Pod, Zeroable};
 use mirage_compiler::arch::Arch;
+use mirage_compiler::cubin_cache::CubinCache;
 use mirage_compiler::nvrtc::{Nvrtc, Options, Source};
 
 use super::BaselineError;
@@ -253,7 +254,12 @@ impl Kernels {
             arch: gpu.arch(),
         };
         let arch = Arch::for_device(major, minor).ok_or_else(unknown)?;
-        let compiled = Nvrtc::find()?.compile(&source(attention), arch, &Options::default())?;
+        let (nvrtc, source, options) = (Nvrtc::find()?, source(attention), Options::default());
+        let compiled = match CubinCache::open() {
+            Ok(cache) => cache.compile(&nvrtc, &source, arch, &options)?.compiled,
+            // Without a place to keep cubins they are made anew.
+            Err(_) => nvrtc.compile(&source, arch, &options)?,
+        };
         let module = Module::load(gpu, &compiled.cubin)?;
         let attention = attention.iter().enumerate().map(|(index, shape)| {
             let [single, tiled] =

@@ -4,9 +4,10 @@
 use std::time::Instant;
 
 use super::forward::{Chosen, Cutoffs};
-use super::generate::{LaunchMode, PrefillLists};
+use super::generate::PrefillLists;
 use super::kernels::Sampling;
 use super::program::products;
+use super::request::LaunchMode;
 use super::rows::{Prefill, matmul_rows};
 use super::{Baseline, BaselineError};
 use crate::gpu::{DeviceBuffer, Event};

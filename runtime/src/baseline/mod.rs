@@ -20,6 +20,7 @@ mod generate;
 mod kernels;
 mod measure;
 mod program;
+mod request;
 mod rows;
 mod weights;
 
@@ -39,8 +40,8 @@ use rows::{CHUNK, matmul_rows, most_parts};
 use weights::Weights;
 
 pub use error::BaselineError;
-pub use generate::{GenerateOutput, GenerateRequest, LaunchMode, Prompt, Timings};
 pub use measure::{DecodeTimes, LinearTime};
+pub use request::{GenerateOutput, GenerateRequest, LaunchMode, Prompt, Timings};
 
 /// Sequences that are decoded together at most.
 pub const MAX_BATCH: usize = 16;

@@ -46,6 +46,10 @@ struct Matmul {
     microseconds: f64,
 }
 
+// SAFETY: cuBLASLt's handle and descriptions may be used from any thread, by one at a time, as `Blas` not being `Sync`
+// ensures.
+unsafe impl Send for Blas {}
+
 impl Blas {
     /// Loads the library and starts it on `gpu`.
     ///
