@@ -2,5 +2,6 @@
 
 pub mod checkpoint;
 pub mod gpu;
+pub mod pack;
 pub mod sampler;
 pub mod tokenizer;
