@@ -8,7 +8,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use codespan_reporting::diagnostic::{Diagnostic as Report, Label};
+use codespan_reporting::diagnostic::{Diagnostic as Report, Label, LabelStyle};
 use codespan_reporting::files::SimpleFile;
 use codespan_reporting::term;
 use serde::{Deserialize, Serialize};
@@ -38,10 +38,8 @@ pub struct Diagnostic {
     pub rule: &'static str,
     /// What is wrong, in one sentence.
     pub message: String,
-    /// The place, and what to say under the caret there.
-    pub at: (Span, String),
-    /// Other places that matter, with what they have to do with it.
-    pub related: Vec<(Span, String)>,
+    /// The place, then other places that matter, each with what to say there.
+    pub places: Vec<(Span, String)>,
     /// The mend.
     pub help: Option<String>,
 }
@@ -52,21 +50,22 @@ impl Diagnostic {
         Self {
             rule,
             message: message.into(),
-            at: (span, String::new()),
-            related: Vec::new(),
+            places: vec![(span, String::new())],
             help: None,
         }
     }
 
     /// Says something under the caret.
     pub fn label(mut self, text: impl Into<String>) -> Self {
-        self.at.1 = text.into();
+        if let Some((_, label)) = self.places.first_mut() {
+            *label = text.into();
+        }
         self
     }
 
     /// Points to a second place.
     pub fn related(mut self, span: Span, text: impl Into<String>) -> Self {
-        self.related.push((span, text.into()));
+        self.places.push((span, text.into()));
         self
     }
 
@@ -77,16 +76,18 @@ impl Diagnostic {
     }
 
     fn render(&self, source: &Source) -> String {
-        let primary = Label::primary((), source.clamp(self.at.0)).with_message(&self.at.1);
-        let secondary = self
-            .related
-            .iter()
-            .map(|(span, text)| Label::secondary((), source.clamp(*span)).with_message(text));
+        let labels = self.places.iter().enumerate().map(|(index, (span, text))| {
+            let style = if index == 0 {
+                LabelStyle::Primary
+            } else {
+                LabelStyle::Secondary
+            };
+            Label::new(style, (), source.clamp(*span)).with_message(text)
+        });
         let report = Report::error()
             .with_code(self.rule)
             .with_message(&self.message)
-            .with_label(primary)
-            .with_labels_iter(secondary)
+            .with_labels_iter(labels)
             .with_notes_iter(self.help.iter().map(|help| format!("help: {help}")));
         let file = SimpleFile::new(source.name.as_str(), source.text.as_str());
         term::emit_into_string(&term::Config::default(), &file, &report)
@@ -157,7 +158,7 @@ impl Diagnostics {
         if list.is_empty() {
             return Ok(value);
         }
-        list.sort_by_key(|diagnostic| diagnostic.at.0.start);
+        list.sort_by_key(|diagnostic| diagnostic.places.first().map_or(0, |(span, _)| span.start));
         Err(Self {
             source: Arc::clone(source),
             list,
@@ -178,9 +179,9 @@ impl fmt::Display for Diagnostics {
         let rendered: Vec<_> = self
             .list
             .iter()
-            .map(|one| one.render(&self.source))
+            .map(|one| one.render(&self.source).trim_end().to_owned())
             .collect();
-        f.write_str(rendered.join("\n").trim_end())
+        f.write_str(&rendered.join("\n\n"))
     }
 }
 

@@ -34,4 +34,5 @@ pub mod nvrtc;
 pub mod ops;
 pub mod plan;
 pub mod program;
+pub mod reference;
 pub mod typed;

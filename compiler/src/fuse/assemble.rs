@@ -250,18 +250,18 @@ fn head_linear(
         ));
         return None;
     }
-    let rows = graph.weights[parts[0].0 as usize].shape[0];
-    let tokens = graph.before.iter().find_map(|node| match &node.op {
-        TypedOp::Embedding(op) => Some(op.rows),
+    let head = &graph.weights[parts[0].0 as usize];
+    let table = graph.before.iter().find_map(|node| match node.op {
+        TypedOp::Embedding(_) => node.weight.map(|index| &graph.weights[index]),
         _ => None,
     });
-    if tokens.is_some_and(|tokens| tokens != rows) {
-        let message = format!(
-            "the head has {rows} tokens but the embedding has {}",
-            tokens.unwrap_or_default()
-        );
+    if let Some(table) = table.filter(|table| table.shape[0] != head.shape[0]) {
+        let (rows, tokens) = (head.shape[0], table.shape[0]);
+        let message = format!("the head has {rows} tokens but the embedding has {tokens}");
         errors.push(
-            Diagnostic::new("shape-mismatch", linear.span, message)
+            Diagnostic::new("shape-mismatch", head.span, message)
+                .label(format!("this has {rows} rows"))
+                .related(table.span, format!("this has {tokens} rows"))
                 .help("give both the same number of rows"),
         );
         return None;
@@ -306,7 +306,7 @@ fn left_over(item: &Item, op: &TypedOp, rewrite: &str, reason: &str) -> Diagnost
     let rule = if rewrite.is_empty() {
         "no rewrite takes it in".to_owned()
     } else {
-        format!("{rewrite} does not fit")
+        format!("the rewrite {rewrite} does not fit")
     };
     Diagnostic::new(
         "not-fused",

@@ -5,7 +5,8 @@
 //!
 //! Rules of a well-formed fused graph (checked by [`FusedGraph::verify`]):
 //! 1. The first node of a layer reads the residual stream; every [`Input::Node`] names an earlier node of the layer.
-//! 2. Exactly the linears with [`Epilogue::AddResidual`] write the residual stream, and the last node of a layer is one.
+//! 2. Exactly the linears with [`Epilogue::AddResidual`] write the residual stream, none of them reads it, and the last
+//!    node of a layer is one.
 //! 3. A linear's parts all have the same number of columns; SwiGLU has exactly two parts of equal shape.
 //! 4. An attention node reads a linear whose parts are q, k and v, in that order, of `heads`, `kv_heads` and `kv_heads`
 //!    times `head_dim` rows, and `kv_heads` divides `heads`.

@@ -34,6 +34,12 @@ fn find(draft: &Draft, add: &Item) -> Result<Found, String> {
     }
     let old = Value::Stream(version);
     let after = draft.position(linear.key);
+    if linear.inputs.contains(&old) {
+        return Err(format!(
+            "`{}` itself reads the state that it would add to",
+            linear.name
+        ));
+    }
     if let Some(late) = draft
         .users(old)
         .find(|user| user.key != add.key && draft.position(user.key) >= after)
@@ -85,11 +91,15 @@ mod tests {
         check(
             "residual",
             r#""a": Linear(input: "x", weight: "{layer}.a", out: ["hidden"]),
-               "h": Add(a: "x", b: "a"),
-               "b": Linear(input: "h", weight: "{layer}.b", out: ["hidden"]),
-               "y": Add(a: "b", b: "h"),"#,
-            "a = linear[1 parts, AddResidual](stream 0, stream 0)\n\
-             b = linear[1 parts, AddResidual](stream 1, stream 1)\n",
+               "b": Linear(input: "a", weight: "{layer}.b", out: ["hidden"]),
+               "h": Add(a: "x", b: "b"),
+               "c": Linear(input: "h", weight: "{layer}.c", out: ["hidden"]),
+               "d": Linear(input: "c", weight: "{layer}.d", out: ["hidden"]),
+               "y": Add(a: "d", b: "h"),"#,
+            "a = linear[1 parts, Store](stream 0)\n\
+             b = linear[1 parts, AddResidual](a, stream 0)\n\
+             c = linear[1 parts, Store](stream 1)\n\
+             d = linear[1 parts, AddResidual](c, stream 1)\n",
         );
     }
 
@@ -98,12 +108,14 @@ mod tests {
         check(
             "residual",
             r#""a": Linear(input: "x", weight: "{layer}.a", out: ["hidden"]),
-               "h": Add(a: "x", b: "a"),
-               "b": Linear(input: "h", weight: "{layer}.b", out: ["hidden"]),
-               "y": Add(a: "b", b: "x"),"#,
+               "b": Linear(input: "a", weight: "{layer}.b", out: ["hidden"]),
+               "h": Add(a: "x", b: "b"),
+               "c": Linear(input: "h", weight: "{layer}.c", out: ["hidden"]),
+               "y": Add(a: "c", b: "x"),"#,
             "a = linear[1 parts, Store](stream 0)\n\
-             h = Add(stream 0, a)\n\
-             b = linear[1 parts, AddResidual](h, stream 0)\n",
+             b = linear[1 parts, Store](a)\n\
+             h = Add(stream 0, b)\n\
+             c = linear[1 parts, AddResidual](h, stream 0)\n",
         );
     }
 }

@@ -6,7 +6,7 @@ use super::{
     Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedNorm, FusedOp, Input, WeightId,
 };
 use crate::diagnostics::Violation;
-use crate::graph::is_identifier;
+use crate::graph::{LAYER, is_identifier};
 
 fn ensure(holds: bool, place: &str, rule: impl FnOnce() -> String) -> Result<(), Violation> {
     if holds {
@@ -130,6 +130,9 @@ impl FusedGraph {
                 ensure(sum == self.hidden, name, || {
                     format!("it adds {sum} rows to {} (rule 2)", self.hidden)
                 })?;
+                ensure(linear.input != Input::Residual, name, || {
+                    "it reads what it adds to (rule 2)".to_owned()
+                })?;
                 Ok(sum)
             }
         }
@@ -198,8 +201,8 @@ impl FusedGraph {
             format!("weight {} has the shape {shape:?} (rule 6)", id.0)
         })?;
         let name = &self.weights[id.0 as usize].name;
-        ensure(name.contains("{layer}") == in_layer, place, || {
-            format!("`{name}` has {{layer}} in it exactly if it is a layer's (rule 6)")
+        ensure(name.contains(LAYER) == in_layer, place, || {
+            format!("`{name}` has {LAYER} in it exactly if it is a layer's (rule 6)")
         })
     }
 

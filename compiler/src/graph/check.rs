@@ -9,12 +9,9 @@ use petgraph::Direction;
 use petgraph::algo::tarjan_scc;
 use petgraph::graph::{DiGraph, NodeIndex};
 
-use super::{Expr, Graph, Node, Spanned, Symbol, TOKENS, is_identifier};
+use super::{Expr, Graph, LAYER, Node, Spanned, Symbol, TOKENS, is_identifier};
 use crate::diagnostics::{Diagnostic, Span, did_you_mean};
 use crate::ops::Op;
-
-/// The placeholder of weight names in the layer.
-const LAYER: &str = "{layer}";
 
 /// All broken rules of a graph.
 pub(super) fn check(graph: &Graph) -> Vec<Diagnostic> {
@@ -47,6 +44,12 @@ pub(super) fn check(graph: &Graph) -> Vec<Diagnostic> {
         section.check_names(&sections, &mut errors);
         section.check_cycles(&mut errors);
         section.check_weights(&mut errors);
+    }
+    // Where a name is wrong, what it should have named seems unused: that would only distract.
+    if errors.is_empty() {
+        sections
+            .iter()
+            .for_each(|section| section.check_uses(&mut errors));
     }
     check_end(graph, &mut errors);
     check_names_in(&layers.repeat, &symbols, &mut errors);
@@ -114,7 +117,7 @@ impl Section<'_> {
         self.nodes.iter().any(|node| node.id.as_str() == name)
     }
 
-    /// Rules 2 and 4.
+    /// Rule 2.
     fn check_names(&self, sections: &[Section<'_>], errors: &mut Vec<Diagnostic>) {
         let inputs = self.nodes.iter().flat_map(|node| node.op.inputs());
         for input in inputs.filter(|input| !self.has(input) && input.as_str() != self.given) {
@@ -125,6 +128,10 @@ impl Section<'_> {
             let elsewhere = sections.iter().find(|section| section.has(result));
             errors.push(self.undefined(result, elsewhere));
         }
+    }
+
+    /// Rule 4.
+    fn check_uses(&self, errors: &mut Vec<Diagnostic>) {
         let used = |id: &str| {
             self.result.is_some_and(|result| result.as_str() == id)
                 || self

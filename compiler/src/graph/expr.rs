@@ -122,9 +122,10 @@ fn apply(operator: char, left: Value, right: Value) -> Result<Value, String> {
                 .map(Value::Int)
                 .ok_or_else(|| fault("is out of range"))
         }
-        (Value::Bool(_), _) | (_, Value::Bool(_)) => Err(fault("computes with a condition")),
         (left, right) => {
-            let (a, b) = (left.real(), right.real());
+            let (Some(a), Some(b)) = (left.real(), right.real()) else {
+                return Err(fault("computes with a condition"));
+            };
             let result = match operator {
                 '+' => a + b,
                 '-' => a - b,
@@ -141,11 +142,11 @@ fn apply(operator: char, left: Value, right: Value) -> Result<Value, String> {
 }
 
 impl Value {
-    fn real(self) -> f64 {
+    fn real(self) -> Option<f64> {
         match self {
-            Value::Int(int) => int as f64,
-            Value::Real(real) => real,
-            Value::Bool(flag) => f64::from(u8::from(flag)),
+            Value::Int(int) => Some(int as f64),
+            Value::Real(real) => Some(real),
+            Value::Bool(_) => None,
         }
     }
 }

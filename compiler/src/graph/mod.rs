@@ -25,7 +25,10 @@ use crate::diagnostics::{Diagnostic, Diagnostics, Source, Span};
 use crate::ops::Op;
 pub use expr::{Expr, Value};
 pub use read::Spanned;
-use read::{Entries, read};
+use read::{Entries, WRONG_TYPE, read};
+
+/// Stands for the layer's index in the names of its weights.
+pub const LAYER: &str = "{layer}";
 
 /// The value that `before` starts from: the ids of the tokens.
 pub const TOKENS: &str = "tokens";
@@ -147,7 +150,11 @@ impl Graph {
             start: 0,
             end: text.len(),
         };
-        let file: File = read(&source, all).map_err(|error| Diagnostics::one(&source, error))?;
+        // Whatever is wrong after this is not syntax.
+        let syntax = read::<serde::de::IgnoredAny>(&source, all, "ron-syntax");
+        syntax.map_err(|error| Diagnostics::one(&source, error))?;
+        let file: File =
+            read(&source, all, WRONG_TYPE).map_err(|error| Diagnostics::one(&source, error))?;
         let mut errors = Vec::new();
         let mut nodes = |entries: Entries<Spanned<_>>| read_nodes(&source, entries, &mut errors);
         let (before, layer, after) = (
@@ -201,7 +208,7 @@ fn read_nodes(
 ) -> Vec<Node> {
     let mut nodes = Vec::new();
     for (id, written) in entries {
-        match read::<Op>(source, written.span) {
+        match read::<Op>(source, written.span, WRONG_TYPE) {
             Ok(value) => nodes.push(Node {
                 id,
                 op: Spanned {

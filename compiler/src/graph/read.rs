@@ -57,10 +57,14 @@ fn options() -> Options {
         .with_default_extension(Extensions::UNWRAP_VARIANT_NEWTYPES | Extensions::IMPLICIT_SOME)
 }
 
-/// Reads the `part` of the source's text; with all of it, `part` is `Span { 0, text.len() }`.
+/// The rule that text breaks if it is RON but not what a field takes.
+pub(crate) const WRONG_TYPE: &str = "wrong-type";
+
+/// Reads the `part` of the source's text. `rule` is what an error breaks that has no rule of its own.
 pub(crate) fn read<'de, T: Deserialize<'de>>(
     source: &'de Source,
     part: Span,
+    rule: &'static str,
 ) -> Result<T, Diagnostic> {
     let text = &source.text[part.start..part.end];
     READING.set(Some(Reading {
@@ -72,7 +76,7 @@ pub(crate) fn read<'de, T: Deserialize<'de>>(
     let innermost = READING.take().and_then(|reading| reading.error);
     result.map_err(|error| {
         let (error, within) = innermost.unwrap_or((error, part));
-        explain(source, within, &error)
+        explain(source, within, rule, &error)
     })
 }
 
@@ -132,7 +136,12 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Entries<T> {
 }
 
 /// Turns an error that ron found while reading the text at `within` into a diagnostic.
-fn explain(source: &Source, within: Span, error: &ron::error::SpannedError) -> Diagnostic {
+fn explain(
+    source: &Source,
+    within: Span,
+    rule: &'static str,
+    error: &ron::error::SpannedError,
+) -> Diagnostic {
     let text = &source.text[within.start..within.end];
     // ron counts lines and columns inside the slice it was given.
     let slice = Source {
@@ -178,24 +187,41 @@ fn explain(source: &Source, within: Span, error: &ron::error::SpannedError) -> D
             format!("the field `{field}` is given twice"),
         )
         .help("remove one of them"),
-        Message(message) => Diagnostic::new("invalid-value", within, message.clone()),
+        // Only expressions have errors of their own.
+        Message(message) => Diagnostic::new("expression", within, message.clone())
+            .help("write a number, or in quotes an expression such as \"heads * head_dim\""),
         InvalidValueForType { expected, found } => Diagnostic::new(
-            "invalid-value",
+            WRONG_TYPE,
             within,
             format!("expected {expected}, found {found}"),
-        ),
+        )
+        .help("compiler/src/ops says what the fields of an operator take"),
         other => {
-            let end = source.text[cursor.end..]
-                .chars()
-                .next()
-                .map_or(cursor.end, |c| cursor.end + c.len_utf8());
             let message = other.to_string();
             let mut first = message.chars();
-            let message = first
+            let message: String = first
                 .next()
                 .map_or_else(String::new, |c| c.to_lowercase().chain(first).collect());
-            Diagnostic::new("ron-syntax", Span { start: cursor.end.min(end), end }, format!("this is not valid RON: {message}"))
-                .help("a list is `[a, b]`, a map `{ \"name\": value }`, a structure `(field: value)`, and a comma follows every entry")
+            if rule == WRONG_TYPE {
+                // A value on one line is shown as a whole; in a longer one the cursor shows more.
+                let span = if text.contains('\n') { cursor } else { within };
+                return Diagnostic::new(
+                    rule,
+                    span,
+                    format!("this value does not fit here: {message}"),
+                )
+                .help("compiler/src/ops says what the fields of an operator take");
+            }
+            let next = source.text[cursor.end..].chars().next();
+            let end = next.map_or(cursor.end, |c| cursor.end + c.len_utf8());
+            let span = Span {
+                start: cursor.end,
+                end,
+            };
+            Diagnostic::new(rule, span, format!("this is not valid RON: {message}")).help(
+                "a list is `[a, b]`, a map `{ \"name\": value }`, a structure `(field: value)`, \
+                 and a comma follows every entry",
+            )
         }
     }
 }
@@ -215,7 +241,7 @@ fn unknown(
     let list: Vec<_> = expected.iter().map(|name| format!("`{name}`")).collect();
     Diagnostic::new(rule, span, format!("unknown {kind} `{found}`"))
         .label(label)
-        .help(format!("there are {}", list.join(", ")))
+        .help(format!("the {kind}s here are {}", list.join(", ")))
 }
 
 /// The last place of an identifier before ron's cursor, which has just passed it; else all of `within`.

@@ -21,7 +21,7 @@ pub use config::ModelConfig;
 pub use symbols::{MAX_DIM, MAX_LAYERS, Symbols};
 
 use crate::diagnostics::{Diagnostic, Diagnostics, Source, Span};
-use crate::graph::{Graph, Node, Spanned, TOKENS};
+use crate::graph::{Graph, LAYER, Node, Spanned, TOKENS};
 use crate::ops::{Cost, Inferred, Load, Scope, Type, TypedOp};
 
 /// A graph with concrete sizes.
@@ -65,12 +65,12 @@ pub struct TypedWeight {
 impl TypedWeight {
     /// Whether there is one in every layer.
     pub fn per_layer(&self) -> bool {
-        self.name.contains("{layer}")
+        self.name.contains(LAYER)
     }
 
     /// The name in one layer.
     pub fn name_in(&self, layer: usize) -> String {
-        self.name.replace("{layer}", &layer.to_string())
+        self.name.replace(LAYER, &layer.to_string())
     }
 }
 
