@@ -2,6 +2,8 @@
 
 pub mod baseline;
 pub mod checkpoint;
+pub mod cpu;
+pub mod generate;
 pub mod gpu;
 pub mod megakernel;
 pub mod pack;
