@@ -66,12 +66,14 @@ pub(super) fn regions(
         linear.tiling.warp_k() * columns * (linear.tiling.pass_tiles * 16 + 4) * 4
     };
     let warp_results = CONSUMER_WARPS * attention.heads_per_task * (attention.head_dim + 4) * 4;
-    // Candidates of the warps, the winners and the stop flag; then the sampler's histograms and thresholds.
-    let sampling = 8 * (decode * CONSUMER_WARPS + decode + 1) + decode * (2 * 256 * 4 + 4 + 4 + 8);
+    // Candidates of the warps, the winners and the stop flag (`device/head.cuh`).
+    let candidates = 8 * (decode * CONSUMER_WARPS + decode + 1);
+    // The sampler's histograms and thresholds take the activation's place (`device/sampling.cuh`).
+    let sampling = decode * (2 * 256 * 4 + 4 + 4 + 8);
     let scratch = linears
         .iter()
         .map(products)
-        .chain([warp_results, sampling])
+        .chain([warp_results, candidates])
         .max()
         .unwrap_or(0);
     vec![
@@ -80,7 +82,7 @@ pub(super) fn regions(
         ("SumSquares", columns * CONSUMER_WARPS * 4),
         ("Rope", columns * attention.head_dim / 2 * 8),
         ("Scratch", scratch),
-        ("Activation", columns * padded(width) * 2),
+        ("Activation", sampling.max(columns * padded(width) * 2)),
     ]
 }
 

@@ -217,9 +217,10 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
     });
     // attention.cuh, WarpResult: a head's values, maximum and sum of every warp, f32, padded to four.
     let results = CONSUMER_WARPS * a.heads_per_task * (a.head_dim + 4) * 4;
-    // head.cuh and sampling.cuh: candidates of the warps, the winners, a flag; per column two histograms, a prefix, a
-    // floor and a 64-bit target.
-    let sampling = 8 * (decode * CONSUMER_WARPS + decode + 1) + decode * (2 * 256 * 4 + 4 + 4 + 8);
+    // head.cuh: candidates of the warps, the winners, a flag.
+    let candidates = 8 * (decode * CONSUMER_WARPS + decode + 1);
+    // sampling.cuh, in place of the activation: per column two histograms, a prefix, a floor and a 64-bit target.
+    let sampling = decode * (2 * 256 * 4 + 4 + 4 + 8);
     // context.cuh, padded: a row of bf16 has 16 bytes more than it holds.
     let row = |width: usize| (width + 8) * 2;
     let operands = program
@@ -237,11 +238,11 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
         ("Rope", columns * a.head_dim / 2 * 8),
         (
             "Scratch",
-            products.chain([results, sampling]).max().unwrap_or(0),
+            products.chain([results, candidates]).max().unwrap_or(0),
         ),
         (
             "Activation",
-            operands.chain([heads, head]).max().unwrap_or(0),
+            operands.chain([heads, head, sampling]).max().unwrap_or(0),
         ),
     ]
 }
