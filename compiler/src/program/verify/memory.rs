@@ -64,7 +64,7 @@ pub(super) fn check_norms(program: &Program) -> Result<(), Violation> {
             .iter()
             .any(|&(weight, at)| at == gamma_at && length(weight) == width);
         ensure(
-            there && gamma_at % 2 == 0 && gamma_stride == norms.layer_stride,
+            there && gamma_at.is_multiple_of(2) && gamma_stride == norms.layer_stride,
             Rule::Norms,
             name,
             || format!("no gamma of {width} elements at {gamma_at}, every {gamma_stride}"),
@@ -73,7 +73,7 @@ pub(super) fn check_norms(program: &Program) -> Result<(), Violation> {
     let last_at = program.layers * norms.layer_stride;
     let last = norms.last.map_or(0, length);
     if let Some(norm) = program.head.norm {
-        let there = norm.gamma_at == last_at && last == program.hidden && last_at % 2 == 0;
+        let there = norm.gamma_at == last_at && last == program.hidden && last_at.is_multiple_of(2);
         ensure(there, Rule::Norms, &program.head.name, || {
             format!(
                 "no gamma of {} elements at {}",
@@ -193,7 +193,7 @@ pub(super) fn check_shared(program: &Program) -> Result<(), Violation> {
         ensure(region.bytes >= size, Rule::Shared, name, || {
             format!("{} B; its phases keep {size} B there", region.bytes)
         })?;
-        ensure(region.at % ALIGN == 0, Rule::Shared, name, || {
+        ensure(region.at.is_multiple_of(ALIGN), Rule::Shared, name, || {
             format!("it begins at {}", region.at)
         })?;
     }
