@@ -6,4 +6,6 @@ pub mod generate;
 pub mod gpu;
 pub mod pack;
 pub mod sampler;
+#[cfg(test)]
+mod testing;
 pub mod tokenizer;
