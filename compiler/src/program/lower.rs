@@ -406,7 +406,7 @@ const EMPTY_TILING: Tiling = Tiling {
 };
 
 fn tile(node: &str, what: &'static str, size: usize, multiple: usize) -> Result<(), ProgramError> {
-    if size == 0 || size % multiple != 0 {
+    if size == 0 || !size.is_multiple_of(multiple) {
         return Err(ProgramError::Tile {
             node: node.to_owned(),
             what,
