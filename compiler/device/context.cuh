@@ -73,8 +73,9 @@ MIRAGE_DEVICE Place place_of_this_thread() {
   return Place{cta, cta / Mesh::kMembers, cta % Mesh::kMembers, thread, thread / kWarp, thread % kWarp};
 }
 
-// Shared-memory regions. `activation` holds what the next linear multiplies, [columns, K + 8] bf16, or q, k and v;
-// `scratch` what warps of one phase hand to each other; `sum_squares` the parts of the norm of the residual stream.
+// Shared-memory regions. `activation` holds what the next linear multiplies, [columns, K + 8] bf16, or q, k and v, and
+// after the head what the sampler counts; `scratch` what warps of one phase hand to each other; `sum_squares` the parts of
+// the norm of the residual stream.
 template <class Ring>
 struct Context {
   const Params& params;

@@ -54,15 +54,7 @@ struct Trace<'a> {
 }
 
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
-    let ctas = program.mesh.ctas;
-    let start: Clock = vec![0; ctas].into();
-    let mut trace = Trace {
-        program,
-        clocks: vec![start; ctas],
-        words: HashMap::new(),
-        now: 0,
-        place: String::new(),
-    };
+    let mut trace = Trace::new(program);
     let mut epoch = 0;
     for _ in 0..2 {
         trace.layers("prefill", &program.prefill, epoch)?;
@@ -94,7 +86,19 @@ pub(super) fn check(program: &Program) -> Result<(), Violation> {
     Ok(())
 }
 
-impl Trace<'_> {
+impl<'a> Trace<'a> {
+    fn new(program: &'a Program) -> Self {
+        let ctas = program.mesh.ctas;
+        let start: Clock = vec![0; ctas].into();
+        Trace {
+            program,
+            clocks: vec![start; ctas],
+            words: HashMap::new(),
+            now: 0,
+            place: String::new(),
+        }
+    }
+
     fn layers(&mut self, name: &str, step: &Step, epoch: u64) -> Result<(), Violation> {
         let last = self.program.layers - 1;
         let layers = if last == 0 { vec![0] } else { vec![0, last] };
@@ -390,5 +394,52 @@ impl Trace<'_> {
 fn join_clocks(into: &mut [u32], other: &[u32]) {
     for (into, other) in into.iter_mut().zip(other) {
         *into = (*into).max(*other);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::program;
+    use super::*;
+
+    /// Two greedy steps whose candidates lie in these buffers.
+    fn two_steps(idle_ctas: bool, buffers: [Buffer; 2]) -> Result<(), Violation> {
+        let mut program = program(StreamForm::Replicated, StreamForm::Replicated);
+        if !idle_ctas {
+            program.mesh.ctas = program.mesh.workers();
+        }
+        let mut trace = Trace::new(&program);
+        for (buffer, epoch) in buffers.into_iter().zip([0, 100]) {
+            trace.layers("decode", &program.decode, epoch)?;
+            trace.idle(epoch)?;
+            trace.all(buffer, epoch + 99, "candidates")?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn idle_ctas_need_a_second_buffer_of_candidates() {
+        let one = [Buffer::Candidates(0), Buffer::Candidates(0)];
+        let violation = two_steps(true, one).unwrap_err();
+        assert_eq!(violation.rule, Rule::Reuse, "{violation}");
+        assert_eq!(
+            two_steps(true, [Buffer::Candidates(0), Buffer::Candidates(1)]),
+            Ok(())
+        );
+        // Workers keep step by the layers between.
+        assert_eq!(two_steps(false, one), Ok(()));
+    }
+
+    #[test]
+    fn words_that_hold_values_cannot_make_a_barrier() {
+        let program = program(StreamForm::Replicated, StreamForm::Replicated);
+        let twice = |buffer| {
+            let mut trace = Trace::new(&program);
+            trace
+                .all(buffer, 1, "first")
+                .and_then(|()| trace.all(buffer, 2, "second"))
+        };
+        assert_eq!(twice(Buffer::Samples).unwrap_err().rule, Rule::Reuse);
+        assert_eq!(twice(Buffer::Barrier), Ok(()));
     }
 }

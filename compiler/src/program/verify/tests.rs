@@ -90,7 +90,7 @@ impl Forced {
 const FORMS: [StreamForm; 2] = [StreamForm::Replicated, StreamForm::Scattered];
 
 /// Four workers and an idle CTA; the stream is scattered in prefill and replicated in decode, or the reverse.
-fn program(prefill: StreamForm, decode: StreamForm) -> Program {
+pub(super) fn program(prefill: StreamForm, decode: StreamForm) -> Program {
     let graph = small_graph();
     let placements = all_placements(&graph).into_iter().filter(|placements| {
         let columns = Placement::ALL[1];
