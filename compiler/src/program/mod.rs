@@ -401,7 +401,7 @@ pub struct Step {
 pub struct ExchangeLayout {
     /// The replicated stream of the last layer, for the CTAs that are no workers.
     pub stream_at: usize,
-    /// Candidates of the LM head.
+    /// Candidates of the LM head, of even steps and then of odd ones.
     pub candidates_at: usize,
     /// Candidates of the sampler.
     pub samples_at: usize,

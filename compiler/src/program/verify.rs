@@ -124,12 +124,23 @@ impl Program {
     /// # Errors
     /// The size that is exceeded.
     pub fn fits(&self, gpu: &GpuModel) -> Result<(), Violation> {
-        ensure(self.mesh.ctas <= gpu.sms as usize, Rule::Mesh, gpu.name, || {
-            format!("{} CTAs on {} SMs cannot be resident at once", self.mesh.ctas, gpu.sms)
-        })?;
+        ensure(
+            self.mesh.ctas <= gpu.sms as usize,
+            Rule::Mesh,
+            gpu.name,
+            || {
+                format!(
+                    "{} CTAs on {} SMs cannot be resident at once",
+                    self.mesh.ctas, gpu.sms
+                )
+            },
+        )?;
         let limit = gpu.smem_per_block_optin as usize;
         ensure(self.shared.bytes <= limit, Rule::Shared, gpu.name, || {
-            format!("{} B of shared memory, a block gets {limit}", self.shared.bytes)
+            format!(
+                "{} B of shared memory, a block gets {limit}",
+                self.shared.bytes
+            )
         })
     }
 
@@ -140,7 +151,11 @@ impl Program {
             return fail(format!("{mesh} has {} workers", mesh.workers()));
         }
         if self.linears.is_empty() || self.layers == 0 {
-            return fail(format!("{} layers of {} linears", self.layers, self.linears.len()));
+            return fail(format!(
+                "{} layers of {} linears",
+                self.layers,
+                self.linears.len()
+            ));
         }
         if *mesh != plan.mesh {
             return fail(format!("the plan has {}", plan.mesh));
@@ -159,13 +174,21 @@ impl Program {
             self.attention.heads_per_task == plan.heads_per_task,
             Rule::Mesh,
             &self.attention.name,
-            || format!("{} heads a task, the plan has {}", self.attention.heads_per_task, plan.heads_per_task),
+            || {
+                format!(
+                    "{} heads a task, the plan has {}",
+                    self.attention.heads_per_task, plan.heads_per_task
+                )
+            },
         )
     }
 
     /// A phase's place for people. Phases that name a linear that is not there have only their number.
     fn place(&self, step: &str, at: usize, phase: &Phase) -> String {
-        let known = phases::linears_of(phase).into_iter().flatten().all(|index| index < self.linears.len());
+        let known = phases::linears_of(phase)
+            .into_iter()
+            .flatten()
+            .all(|index| index < self.linears.len());
         if known {
             format!("{step} phase {at} ({})", self.describe(phase))
         } else {

@@ -55,19 +55,35 @@ struct Trace<'a> {
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
     let ctas = program.mesh.ctas;
     let start: Clock = vec![0; ctas].into();
-    let mut trace =
-        Trace { program, clocks: vec![start; ctas], words: HashMap::new(), now: 0, place: String::new() };
+    let mut trace = Trace {
+        program,
+        clocks: vec![start; ctas],
+        words: HashMap::new(),
+        now: 0,
+        place: String::new(),
+    };
     let mut epoch = 0;
     for _ in 0..2 {
         trace.layers("prefill", &program.prefill, epoch)?;
-        trace.all(Buffer::Barrier, epoch + program.layers as u64 + 1, "the barrier after a prefill step")?;
+        trace.all(
+            Buffer::Barrier,
+            epoch + program.layers as u64 + 1,
+            "the barrier after a prefill step",
+        )?;
         epoch += step_epochs(program.layers) as u64;
     }
-    for (number, sampled) in [false, false, false, true, true, false].into_iter().enumerate() {
+    for (number, sampled) in [false, false, false, true, true, false]
+        .into_iter()
+        .enumerate()
+    {
         trace.layers("decode", &program.decode, epoch)?;
         trace.idle(epoch)?;
         let last = epoch + program.layers as u64 + 1;
-        trace.all(Buffer::Candidates(number % 2), last, "the head's candidates")?;
+        trace.all(
+            Buffer::Candidates(number % 2),
+            last,
+            "the head's candidates",
+        )?;
         if sampled {
             // Temperature alone: no barrier lies between the two exchanges of candidates.
             trace.all(Buffer::Samples, last, "the sampler's candidates")?;
@@ -115,18 +131,29 @@ impl Trace<'_> {
                 for cta in 0..workers {
                     let own = (!all_groups).then_some(cta / members);
                     let writers = (0..workers)
-                        .filter(|w| own.is_none_or(|group| w / members == group) && w % members < tasks)
+                        .filter(|w| {
+                            own.is_none_or(|group| w / members == group) && w % members < tasks
+                        })
                         .collect::<Vec<_>>();
                     self.join(cta, Buffer::Heads, &writers, epoch, &mut known, (own, None))?;
                 }
             }
-            Phase::Collect { exchange, .. } | Phase::AddToStream { exchange, .. } => self.collect(exchange, epoch)?,
+            Phase::Collect { exchange, .. } | Phase::AddToStream { exchange, .. } => {
+                self.collect(exchange, epoch)?
+            }
             Phase::ReduceScatter { exchange, .. } => self.reduce_scatter(step, exchange, epoch)?,
             Phase::GatherStream { exchange, .. } => {
                 let owners = self.owners(step, exchange);
                 let mut known = HashMap::new();
                 for cta in 0..workers {
-                    self.join(cta, Buffer::Gathered(exchange.source), &owners, epoch, &mut known, (None, None))?;
+                    self.join(
+                        cta,
+                        Buffer::Gathered(exchange.source),
+                        &owners,
+                        epoch,
+                        &mut known,
+                        (None, None),
+                    )?;
                 }
             }
         }
@@ -147,7 +174,11 @@ impl Trace<'_> {
         let mesh = &self.program.mesh;
         let has_rows = |cta: &usize| {
             let (group, member) = mesh.coordinates(*cta);
-            self.program.linears[linear].slice(mesh, group, member).0.count > 0
+            self.program.linears[linear]
+                .slice(mesh, group, member)
+                .0
+                .count
+                > 0
         };
         (0..mesh.workers()).filter(has_rows).collect()
     }
@@ -163,14 +194,26 @@ impl Trace<'_> {
                 .filter(|producer| producer.rows.count > 0)
                 .flat_map(|producer| producer.partials)
                 .collect();
-            self.join(cta, Buffer::Linear(exchange.source), &writers, epoch, &mut known, key)?;
+            self.join(
+                cta,
+                Buffer::Linear(exchange.source),
+                &writers,
+                epoch,
+                &mut known,
+                key,
+            )?;
         }
         Ok(())
     }
 
     /// A worker's threads each publish a word as soon as its own partial sums are there: such a word does not tell that
     /// the other threads have read theirs.
-    fn reduce_scatter(&mut self, step: &Step, exchange: &Exchange, epoch: u64) -> Result<(), Violation> {
+    fn reduce_scatter(
+        &mut self,
+        step: &Step,
+        exchange: &Exchange,
+        epoch: u64,
+    ) -> Result<(), Violation> {
         let producers = views::producers(self.program, exchange, (0, 0));
         let mut of_owner: Vec<Vec<usize>> = vec![Vec::new(); self.program.mesh.workers()];
         for unit in views::stream_units(self.program, exchange, step.columns) {
@@ -183,10 +226,22 @@ impl Trace<'_> {
             for &producer in of_owner {
                 let partials = &producers[producer].partials;
                 let buffer = Buffer::Linear(exchange.source);
-                self.join(cta, buffer, partials, epoch, &mut known, (Some(producer), None))?;
+                self.join(
+                    cta,
+                    buffer,
+                    partials,
+                    epoch,
+                    &mut known,
+                    (Some(producer), None),
+                )?;
             }
             if !of_owner.is_empty() {
-                self.publish(Buffer::Gathered(exchange.source), cta, self.clocks[cta].clone(), epoch)?;
+                self.publish(
+                    Buffer::Gathered(exchange.source),
+                    cta,
+                    self.clocks[cta].clone(),
+                    epoch,
+                )?;
             }
         }
         Ok(())
@@ -212,9 +267,10 @@ impl Trace<'_> {
             _ => None,
         });
         let (buffer, writers) = match (step.stream, gathered) {
-            (StreamForm::Scattered, Some(exchange)) => {
-                (Buffer::Gathered(exchange.source), self.owners(step, &exchange))
-            }
+            (StreamForm::Scattered, Some(exchange)) => (
+                Buffer::Gathered(exchange.source),
+                self.owners(step, &exchange),
+            ),
             _ => {
                 self.publish(Buffer::Stream, 0, self.clocks[0].clone(), epoch)?;
                 (Buffer::Stream, vec![0])
@@ -244,18 +300,34 @@ impl Trace<'_> {
     }
 
     fn violation(&self, rule: Rule, message: String) -> Violation {
-        Violation { rule, place: self.place.clone(), message }
+        Violation {
+            rule,
+            place: self.place.clone(),
+            message,
+        }
     }
 
-    fn publish(&mut self, buffer: Buffer, cta: usize, clock: Clock, epoch: u64) -> Result<(), Violation> {
+    fn publish(
+        &mut self,
+        buffer: Buffer,
+        cta: usize,
+        clock: Clock,
+        epoch: u64,
+    ) -> Result<(), Violation> {
         if let Some(old) = self.words.get(&(buffer, cta)) {
             if old.epoch >= epoch {
                 return Err(self.violation(
                     Rule::Waits,
-                    format!("CTA {cta} publishes {buffer:?} with epoch {epoch} after {}", old.epoch),
+                    format!(
+                        "CTA {cta} publishes {buffer:?} with epoch {epoch} after {}",
+                        old.epoch
+                    ),
                 ));
             }
-            let late = old.readers.iter().find(|(reader, at)| clock[*reader] <= *at);
+            let late = old
+                .readers
+                .iter()
+                .find(|(reader, at)| clock[*reader] <= *at);
             if let Some((reader, _)) = late.filter(|_| buffer != Buffer::Barrier) {
                 return Err(self.violation(
                     Rule::Reuse,
@@ -263,7 +335,14 @@ impl Trace<'_> {
                 ));
             }
         }
-        self.words.insert((buffer, cta), Published { epoch, clock, readers: Vec::new() });
+        self.words.insert(
+            (buffer, cta),
+            Published {
+                epoch,
+                clock,
+                readers: Vec::new(),
+            },
+        );
         Ok(())
     }
 
@@ -279,7 +358,11 @@ impl Trace<'_> {
         key: (Option<usize>, Option<usize>),
     ) -> Result<(), Violation> {
         for &writer in writers {
-            let Some(words) = self.words.get_mut(&(buffer, writer)).filter(|words| words.epoch == epoch) else {
+            let Some(words) = self
+                .words
+                .get_mut(&(buffer, writer))
+                .filter(|words| words.epoch == epoch)
+            else {
                 return Err(self.violation(
                     Rule::Waits,
                     format!("CTA {cta} waits for words of CTA {writer} in {buffer:?} that it does not publish before"),

@@ -18,12 +18,22 @@ pub(super) fn check(program: &Program) -> Result<(), Violation> {
         check_sizes(program, name, step)?;
         for (at, phase) in step.layer.iter().enumerate() {
             let place = program.place(name, at, phase);
-            let known = linears_of(phase).into_iter().flatten().all(|index| index < program.linears.len());
-            ensure(known, Rule::Steps, &place, || "it names a linear that is not there".to_owned())?;
+            let known = linears_of(phase)
+                .into_iter()
+                .flatten()
+                .all(|index| index < program.linears.len());
+            ensure(known, Rule::Steps, &place, || {
+                "it names a linear that is not there".to_owned()
+            })?;
             if let Some(exchange) = exchange_of(phase) {
-                let same = views.iter().all(|view| view.source != exchange.source || view == exchange);
+                let same = views
+                    .iter()
+                    .all(|view| view.source != exchange.source || view == exchange);
                 ensure(same, Rule::Views, &place, || {
-                    format!("{} is read in another way elsewhere", program.linears[exchange.source].name)
+                    format!(
+                        "{} is read in another way elsewhere",
+                        program.linears[exchange.source].name
+                    )
                 })?;
                 views.push(*exchange);
             }
@@ -67,45 +77,91 @@ fn exchange_of(phase: &Phase) -> Option<&Exchange> {
 
 fn check_sizes(program: &Program, name: &str, step: &Step) -> Result<(), Violation> {
     let columns = step.columns;
-    ensure(columns.is_power_of_two() && columns <= Target::MAX_COLUMNS, Rule::Steps, name, || {
-        format!("{columns} columns; powers of two up to {} are possible", Target::MAX_COLUMNS)
-    })?;
-    ensure(name != "decode" || columns >= program.slots, Rule::Steps, name, || {
-        format!("{columns} columns for {} sequences", program.slots)
-    })?;
-    ensure(step.kv_splits > 0, Rule::Steps, name, || "attention in no splits".to_owned())
+    ensure(
+        columns.is_power_of_two() && columns <= Target::MAX_COLUMNS,
+        Rule::Steps,
+        name,
+        || {
+            format!(
+                "{columns} columns; powers of two up to {} are possible",
+                Target::MAX_COLUMNS
+            )
+        },
+    )?;
+    ensure(
+        name != "decode" || columns >= program.slots,
+        Rule::Steps,
+        name,
+        || format!("{columns} columns for {} sequences", program.slots),
+    )?;
+    ensure(step.kv_splits > 0, Rule::Steps, name, || {
+        "attention in no splits".to_owned()
+    })
 }
 
 fn check_attention(program: &Program) -> Result<(), Violation> {
     let a = &program.attention;
-    let steps = |holds: bool, message: &dyn Fn() -> String| ensure(holds, Rule::Steps, &a.name, message);
-    steps([64, 128, 256].contains(&a.head_dim), &|| format!("heads of {} elements", a.head_dim))?;
-    steps(a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0, &|| {
-        format!("{} query heads on {} KV heads", a.heads, a.kv_heads)
+    let steps =
+        |holds: bool, message: &dyn Fn() -> String| ensure(holds, Rule::Steps, &a.name, message);
+    steps([64, 128, 256].contains(&a.head_dim), &|| {
+        format!("heads of {} elements", a.head_dim)
     })?;
+    steps(
+        a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0,
+        &|| format!("{} query heads on {} KV heads", a.heads, a.kv_heads),
+    )?;
     let shared = a.heads / a.kv_heads;
-    steps(a.heads_per_task > 0 && shared % a.heads_per_task == 0 && a.heads_per_task <= 32, &|| {
-        format!("{} heads a task where {shared} query heads share a KV head", a.heads_per_task)
-    })?;
+    steps(
+        a.heads_per_task > 0 && shared % a.heads_per_task == 0 && a.heads_per_task <= 32,
+        &|| {
+            format!(
+                "{} heads a task where {shared} query heads share a KV head",
+                a.heads_per_task
+            )
+        },
+    )?;
     let Some(qkv) = program.linears.get(a.qkv) else {
-        return steps(false, &|| "q, k and v come from a linear that is not there".to_owned());
+        return steps(false, &|| {
+            "q, k and v come from a linear that is not there".to_owned()
+        });
     };
-    let rows: Vec<usize> = qkv.parts.iter().map(|(_, rows)| rows / program.mesh.groups).collect();
+    let rows: Vec<usize> = qkv
+        .parts
+        .iter()
+        .map(|(_, rows)| rows / program.mesh.groups)
+        .collect();
     let of_heads = [a.heads, a.kv_heads, a.kv_heads].map(|heads| heads * a.head_dim);
-    steps(rows == of_heads && matches!(qkv.order, RowOrder::ByGroup { .. }), &|| {
-        format!("{} gives a group {rows:?} rows of q, k and v, not {of_heads:?}", qkv.name)
-    })
+    steps(
+        rows == of_heads && matches!(qkv.order, RowOrder::ByGroup { .. }),
+        &|| {
+            format!(
+                "{} gives a group {rows:?} rows of q, k and v, not {of_heads:?}",
+                qkv.name
+            )
+        },
+    )
 }
 
 /// The head's input is prepared as if it were the first linear's.
 fn check_head(program: &Program) -> Result<(), Violation> {
     let (head, first) = (&program.head, &program.linears[0]);
-    ensure(head.columns == program.hidden && head.tiling.k == head.k_tiles, Rule::Inputs, &head.name, || {
-        format!("{} columns for a residual stream of {}", head.columns, program.hidden)
-    })?;
-    ensure(head.norm.is_some() == first.norm.is_some(), Rule::Inputs, &head.name, || {
-        format!("only one of it and {} has a norm", first.name)
-    })
+    ensure(
+        head.columns == program.hidden && head.tiling.k == head.k_tiles,
+        Rule::Inputs,
+        &head.name,
+        || {
+            format!(
+                "{} columns for a residual stream of {}",
+                head.columns, program.hidden
+            )
+        },
+    )?;
+    ensure(
+        head.norm.is_some() == first.norm.is_some(),
+        Rule::Inputs,
+        &head.name,
+        || format!("only one of it and {} has a norm", first.name),
+    )
 }
 
 /// What the activation holds.
@@ -139,7 +195,10 @@ impl<'a> Walk<'a> {
             program,
             name,
             step,
-            held: Held::Stream { linear: 0, next_layer: false },
+            held: Held::Stream {
+                linear: 0,
+                next_layer: false,
+            },
             published: 0,
             read: vec![0; program.linears.len()],
             heads_published: false,
@@ -155,19 +214,40 @@ impl<'a> Walk<'a> {
             self.phase(phase, &place)?;
         }
         let linears = &self.program.linears;
-        ensure(self.published == linears.len(), Rule::Ring, self.name, || {
-            format!("{} of {} linears are multiplied, all are streamed", self.published, linears.len())
-        })?;
-        ensure(self.held == Held::Stream { linear: 0, next_layer: true }, Rule::Inputs, self.name, || {
-            "the layer ends without preparing the next one's input".to_owned()
-        })?;
+        ensure(
+            self.published == linears.len(),
+            Rule::Ring,
+            self.name,
+            || {
+                format!(
+                    "{} of {} linears are multiplied, all are streamed",
+                    self.published,
+                    linears.len()
+                )
+            },
+        )?;
+        ensure(
+            self.held
+                == Held::Stream {
+                    linear: 0,
+                    next_layer: true,
+                },
+            Rule::Inputs,
+            self.name,
+            || "the layer ends without preparing the next one's input".to_owned(),
+        )?;
         for (linear, reads) in linears.iter().zip(&self.read) {
             let adds = linear.epilogue == Epilogue::AddResidual;
-            ensure(*reads == 1 || *reads > 1 && !adds, Rule::Outputs, self.name, || {
-                format!("the output of {} is read {reads} times", linear.name)
-            })?;
+            ensure(
+                *reads == 1 || *reads > 1 && !adds,
+                Rule::Outputs,
+                self.name,
+                || format!("the output of {} is read {reads} times", linear.name),
+            )?;
         }
-        ensure(self.heads_read, Rule::Outputs, self.name, || "attention's heads are not read".to_owned())
+        ensure(self.heads_read, Rule::Outputs, self.name, || {
+            "attention's heads are not read".to_owned()
+        })
     }
 
     fn phase(&mut self, phase: &Phase, place: &str) -> Result<(), Violation> {
@@ -176,26 +256,37 @@ impl<'a> Walk<'a> {
             Phase::Linear(index) => self.linear(*index, place),
             Phase::Attention(exchange) => {
                 let a = &program.attention;
-                ensure(exchange.source == a.qkv, Rule::Views, place, || "it does not read q, k and v".to_owned())?;
+                ensure(exchange.source == a.qkv, Rule::Views, place, || {
+                    "it does not read q, k and v".to_owned()
+                })?;
                 self.read_linear(exchange, place)?;
                 for group in 0..program.mesh.groups {
                     let (rows, _) = program.linears[a.qkv].slice(&program.mesh, group, 0);
                     let first = rows.begin * TILE;
                     let rows = first..first + a.width();
                     self.each_member(exchange, group, place, |covered| {
-                        (*covered == rows).then_some(()).ok_or_else(|| format!("rows {rows:?} of q, k and v"))
+                        (*covered == rows)
+                            .then_some(())
+                            .ok_or_else(|| format!("rows {rows:?} of q, k and v"))
                     })?;
                 }
                 self.held = Held::Nothing;
                 self.heads_published = true;
                 Ok(())
             }
-            Phase::CollectHeads { next, all_groups } => self.collect_heads(*next, *all_groups, place),
+            Phase::CollectHeads { next, all_groups } => {
+                self.collect_heads(*next, *all_groups, place)
+            }
             Phase::Collect { exchange, next } => {
                 self.read_linear(exchange, place)?;
                 let (source, to) = (&program.linears[exchange.source], &program.linears[*next]);
                 ensure(to.columns == source.outputs(), Rule::Inputs, place, || {
-                    format!("{} has {} outputs, {} columns", source.name, source.outputs(), to.columns)
+                    format!(
+                        "{} has {} outputs, {} columns",
+                        source.name,
+                        source.outputs(),
+                        to.columns
+                    )
                 })?;
                 self.holds_slices(exchange, to, place)?;
                 self.held = Held::Value { linear: *next };
@@ -213,18 +304,37 @@ impl<'a> Walk<'a> {
                 let share = views::producers(program, exchange, (0, 0)).len()
                     * self.step.columns
                     * program.linears[exchange.source].words();
-                ensure(share.div_ceil(workers) <= CONSUMERS, Rule::Steps, place, || {
-                    format!("{} words of the stream a worker; it has {CONSUMERS} threads", share.div_ceil(workers))
-                })?;
+                ensure(
+                    share.div_ceil(workers) <= CONSUMERS,
+                    Rule::Steps,
+                    place,
+                    || {
+                        format!(
+                            "{} words of the stream a worker; it has {CONSUMERS} threads",
+                            share.div_ceil(workers)
+                        )
+                    },
+                )?;
                 self.scattered = Some((exchange.source, *words_at));
                 Ok(())
             }
-            Phase::GatherStream { exchange, words_at, next } => {
+            Phase::GatherStream {
+                exchange,
+                words_at,
+                next,
+            } => {
                 self.form(StreamForm::Scattered, place)?;
                 let given = self.scattered.take();
-                ensure(given == Some((exchange.source, *words_at)), Rule::Waits, place, || {
-                    format!("it waits for words at {words_at}, published were {given:?} (linear, words)")
-                })?;
+                ensure(
+                    given == Some((exchange.source, *words_at)),
+                    Rule::Waits,
+                    place,
+                    || {
+                        format!(
+                            "it waits for words at {words_at}, published were {given:?} (linear, words)"
+                        )
+                    },
+                )?;
                 self.prepare(next, place)
             }
         }
@@ -240,7 +350,9 @@ impl<'a> Walk<'a> {
             Held::Stream { linear, next_layer } => (linear == index && !next_layer, true),
             Held::Value { linear } => (linear == index, false),
         };
-        ensure(fits, Rule::Inputs, place, || format!("the activation holds {:?}", self.held))?;
+        ensure(fits, Rule::Inputs, place, || {
+            format!("the activation holds {:?}", self.held)
+        })?;
         ensure(normed || linear.norm.is_none(), Rule::Inputs, place, || {
             "it has a norm, but only the residual stream's squares are summed".to_owned()
         })?;
@@ -259,7 +371,10 @@ impl<'a> Walk<'a> {
     fn read_linear(&mut self, exchange: &Exchange, place: &str) -> Result<(), Violation> {
         let source = exchange.source;
         ensure(source < self.published, Rule::Waits, place, || {
-            format!("{} has not published yet", self.program.linears[source].name)
+            format!(
+                "{} has not published yet",
+                self.program.linears[source].name
+            )
         })?;
         self.read[source] += 1;
         Ok(())
@@ -269,13 +384,18 @@ impl<'a> Walk<'a> {
     fn add(&mut self, exchange: &Exchange, place: &str) -> Result<(), Violation> {
         self.read_linear(exchange, place)?;
         let source = &self.program.linears[exchange.source];
-        ensure(source.epilogue == Epilogue::AddResidual, Rule::Outputs, place, || {
-            format!("{} is not added to the residual stream", source.name)
-        })?;
+        ensure(
+            source.epilogue == Epilogue::AddResidual,
+            Rule::Outputs,
+            place,
+            || format!("{} is not added to the residual stream", source.name),
+        )?;
         let hidden = self.program.hidden;
         for group in 0..self.program.mesh.groups {
             self.each_member(exchange, group, place, |covered| {
-                (*covered == (0..hidden)).then_some(()).ok_or_else(|| format!("the stream's {hidden} elements"))
+                (*covered == (0..hidden))
+                    .then_some(())
+                    .ok_or_else(|| format!("the stream's {hidden} elements"))
             })?;
         }
         Ok(())
@@ -294,23 +414,52 @@ impl<'a> Walk<'a> {
     /// A linear that multiplies the stream multiplies all of it: its rows are split, its columns are not.
     fn reads_stream(&self, index: usize, place: &str) -> Result<(), Violation> {
         let linear = &self.program.linears[index];
-        let rows_only = linear.placement.groups == Split::Rows && linear.placement.members == Split::Rows;
-        ensure(rows_only && linear.columns == self.program.hidden, Rule::Inputs, place, || {
-            format!("{} does not take the whole residual stream on every worker", linear.name)
-        })
+        let rows_only =
+            linear.placement.groups == Split::Rows && linear.placement.members == Split::Rows;
+        ensure(
+            rows_only && linear.columns == self.program.hidden,
+            Rule::Inputs,
+            place,
+            || {
+                format!(
+                    "{} does not take the whole residual stream on every worker",
+                    linear.name
+                )
+            },
+        )
     }
 
-    fn collect_heads(&mut self, next: usize, all_groups: bool, place: &str) -> Result<(), Violation> {
+    fn collect_heads(
+        &mut self,
+        next: usize,
+        all_groups: bool,
+        place: &str,
+    ) -> Result<(), Violation> {
         let program = self.program;
         let (a, mesh, to) = (&program.attention, &program.mesh, &program.linears[next]);
-        ensure(self.heads_published, Rule::Waits, place, || "attention has not published yet".to_owned())?;
-        let of_group = a.heads * a.head_dim;
-        ensure(to.columns == of_group * mesh.groups, Rule::Inputs, place, || {
-            format!("{} elements of heads, {} columns", of_group * mesh.groups, to.columns)
+        ensure(self.heads_published, Rule::Waits, place, || {
+            "attention has not published yet".to_owned()
         })?;
+        let of_group = a.heads * a.head_dim;
+        ensure(
+            to.columns == of_group * mesh.groups,
+            Rule::Inputs,
+            place,
+            || {
+                format!(
+                    "{} elements of heads, {} columns",
+                    of_group * mesh.groups,
+                    to.columns
+                )
+            },
+        )?;
         for cta in 0..mesh.workers() {
             let (group, member) = mesh.coordinates(cta);
-            let held = if all_groups { 0..to.columns } else { group * of_group..(group + 1) * of_group };
+            let held = if all_groups {
+                0..to.columns
+            } else {
+                group * of_group..(group + 1) * of_group
+            };
             holds_slice(to, program, (group, member), &held, place)?;
         }
         self.held = Held::Value { linear: next };
@@ -334,7 +483,9 @@ impl<'a> Walk<'a> {
             }
             let range = covered(self.program, exchange, (group, member), place)?;
             if let Err(expected) = f(&range) {
-                return ensure(false, Rule::Views, place, || format!("it reads {range:?}, not {expected}"));
+                return ensure(false, Rule::Views, place, || {
+                    format!("it reads {range:?}, not {expected}")
+                });
             }
         }
         Ok(())

@@ -15,7 +15,10 @@ pub(super) struct Producer {
 }
 
 /// What two workers must have in common to see an exchange alike: their coordinates where they read their own.
-pub(super) fn key(exchange: &Exchange, (group, member): (usize, usize)) -> (Option<usize>, Option<usize>) {
+pub(super) fn key(
+    exchange: &Exchange,
+    (group, member): (usize, usize),
+) -> (Option<usize>, Option<usize>) {
     (
         (exchange.groups == Along::Own).then_some(group),
         (exchange.members == Along::Own).then_some(member),
@@ -23,7 +26,11 @@ pub(super) fn key(exchange: &Exchange, (group, member): (usize, usize)) -> (Opti
 }
 
 /// The producers that a worker reads, as `Producers` in `device/exchange.cuh` numbers them.
-pub(super) fn producers(program: &Program, exchange: &Exchange, (group, member): (usize, usize)) -> Vec<Producer> {
+pub(super) fn producers(
+    program: &Program,
+    exchange: &Exchange,
+    (group, member): (usize, usize),
+) -> Vec<Producer> {
     let (mesh, linear) = (&program.mesh, &program.linears[exchange.source]);
     // Coordinates side by side, and those summed from each.
     let axis = |along: Along, size: usize, own: usize| match along {
@@ -38,8 +45,16 @@ pub(super) fn producers(program: &Program, exchange: &Exchange, (group, member):
         for &m in &members {
             let one_group = [g];
             let one_member = [m];
-            let from_groups: &[usize] = if sum_groups.is_empty() { &one_group } else { &sum_groups };
-            let from_members: &[usize] = if sum_members.is_empty() { &one_member } else { &sum_members };
+            let from_groups: &[usize] = if sum_groups.is_empty() {
+                &one_group
+            } else {
+                &sum_groups
+            };
+            let from_members: &[usize] = if sum_members.is_empty() {
+                &one_member
+            } else {
+                &sum_members
+            };
             let partials = from_groups
                 .iter()
                 .flat_map(|g| from_members.iter().map(move |m| g * mesh.members + m))
@@ -73,7 +88,10 @@ pub(super) fn covered(
         }
         let whole = joined(columns);
         ensure(whole == Some(0..linear.k_tiles), Rule::Views, place, || {
-            format!("the sums over {} are not over all of its columns, each once", linear.name)
+            format!(
+                "the sums over {} are not over all of its columns, each once",
+                linear.name
+            )
         })?;
         let rows = producer.rows;
         stretches.push(rows.begin * per_tile..(rows.begin + rows.count) * per_tile);
@@ -81,7 +99,10 @@ pub(super) fn covered(
     joined(stretches).ok_or_else(|| Violation {
         rule: Rule::Views,
         place: place.to_owned(),
-        message: format!("the outputs it takes of {} overlap or leave a gap", linear.name),
+        message: format!(
+            "the outputs it takes of {} overlap or leave a gap",
+            linear.name
+        ),
     })
 }
 
@@ -119,8 +140,8 @@ pub(super) fn stream_units(program: &Program, exchange: &Exchange, columns: usiz
         for index in share.begin..share.begin + share.count {
             let producer = index / words / columns;
             let word = index % words;
-            let outputs =
-                linear.pass_rows(producers[producer].rows.count, word / pass_words) * linear.outputs_per_tile();
+            let outputs = linear.pass_rows(producers[producer].rows.count, word / pass_words)
+                * linear.outputs_per_tile();
             if word % pass_words * crate::program::VALUES_PER_WORD < outputs {
                 units.push(Unit { producer, owner });
             }
