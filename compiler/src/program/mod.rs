@@ -27,6 +27,8 @@ pub use verify::{Rule, Violation};
 pub const VALUES_PER_WORD: usize = 6;
 /// Warps of a CTA that compute.
 pub const CONSUMER_WARPS: usize = 8;
+/// Threads of a CTA: the warps that compute, and one that streams weights (`device/prelude.cuh`, `kThreads`).
+pub const THREADS: usize = (CONSUMER_WARPS + 1) * 32;
 /// Rows and columns of a weight tile.
 pub const TILE: usize = 16;
 /// Bytes of an exchange word.

@@ -9,15 +9,12 @@ mod run;
 
 use half::bf16;
 use mirage_compiler::emit::ENTRY;
-use mirage_compiler::program::{Program, WORD_BYTES};
+use mirage_compiler::program::{Program, THREADS, WORD_BYTES};
 use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
 use crate::gpu::{DeviceBuffer, Function, Gpu, GpuError, MappedBuffer, Module, Stream};
 use crate::pack::{PackError, Packer, rope_table};
-
-/// Threads of a CTA (`device/prelude.cuh`, `kThreads`).
-const THREADS: u32 = 288;
 
 /// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -168,7 +165,7 @@ fn resident_function(
     }
     let function = Module::load(gpu, cubin)?.function(ENTRY)?;
     function.set_dynamic_shared_bytes(program.shared.bytes)?;
-    let per_sm = function.max_blocks_per_sm(THREADS as usize, program.shared.bytes)?;
+    let per_sm = function.max_blocks_per_sm(THREADS, program.shared.bytes)?;
     let found = per_sm * gpu.sm_count();
     if found < needed {
         return Err(MegakernelError::NotResident {

@@ -3,10 +3,10 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use mirage_compiler::program::step_epochs;
+use mirage_compiler::program::{THREADS, step_epochs};
 
 use super::launch::{Params, PrefillColumn, Sequence};
-use super::{Megakernel, MegakernelError, THREADS};
+use super::{Megakernel, MegakernelError};
 use crate::generate::{
     CancelHandle, Event, Executor, FinishReason, GenerateError, GenerateRequest, Limits, Logits,
     PrefillSequence, prefill_steps,
@@ -260,7 +260,7 @@ impl Megakernel {
         self.epoch = self.epoch.saturating_add(epochs);
         let config = LaunchConfig {
             grid: [self.program.mesh.ctas as u32, 1, 1],
-            block: [THREADS, 1, 1],
+            block: [THREADS as u32, 1, 1],
             dynamic_shared_bytes: self.program.shared.bytes as u32,
         };
         let (begin, end) = (gpu::Event::new(&self.gpu)?, gpu::Event::new(&self.gpu)?);
