@@ -33,7 +33,7 @@ use crate::generate::{
 use crate::pack::{HostWeights, PackError};
 
 use area::ExchangeArea;
-pub use area::WordFault;
+pub use area::PhaseFault;
 use attention::KvCache;
 use cta::Cta;
 
@@ -54,11 +54,11 @@ pub enum CpuError {
         /// Elements there are.
         found: usize,
     },
-    /// An exchange went wrong: the program is.
+    /// A phase cannot be done: the program is wrong.
     #[error(
         "internal error in the {phase}, layer {layer}, CTA {cta}: {fault}; the compiled program is wrong, please report it"
     )]
-    Exchange {
+    Phase {
         /// Step and phase, in words.
         phase: String,
         /// Layer; the number of layers for the head.
@@ -66,7 +66,7 @@ pub enum CpuError {
         /// CTA that met the fault.
         cta: usize,
         /// What it met.
-        fault: WordFault,
+        fault: PhaseFault,
     },
 }
 

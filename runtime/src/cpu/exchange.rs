@@ -5,7 +5,7 @@ use std::ops::Range;
 use mirage_compiler::program::{Along, Exchange, Linear, VALUES_PER_WORD};
 
 use super::Shared;
-use super::area::{Values, WordFault};
+use super::area::{PhaseFault, Values};
 use super::cta::{Cta, Now};
 
 /// One CTA's view of a linear's output. A unit is one word's place: six values of one column of one of the producers that
@@ -91,7 +91,7 @@ impl<'a> View<'a> {
         unit: usize,
         column: usize,
         epoch: u32,
-    ) -> Result<Values, WordFault> {
+    ) -> Result<Values, PhaseFault> {
         let mesh = &self.shared.mesh;
         let words = self.source.words();
         let (group, member) = self.producer(unit);
@@ -121,7 +121,7 @@ impl Cta {
         now: &Now<'_>,
         exchange: Exchange,
         next: &Linear,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let view = View::new(now, exchange, self);
         let (_, k) = self.slice(now.shared, next);
         for column in 0..now.columns.len() {
@@ -143,7 +143,7 @@ pub(super) fn publish(
     now: &Now<'_>,
     at: usize,
     values: impl ExactSizeIterator<Item = f32>,
-) -> Result<(), WordFault> {
+) -> Result<(), PhaseFault> {
     let words = values.len().div_ceil(VALUES_PER_WORD);
     let mut values = values;
     for word in at..at + words {

@@ -326,6 +326,9 @@ fn wrong_programs_are_found_out() {
         &|p| p.attention.words_at = p.exchange.words,
         "lies outside of the",
     );
+    let scattered = StreamForm::Scattered;
+    check(&|p| p.decode.stream = scattered, "does not fit the form");
+    check(&|p| p.decode.layer.clear(), "does not fit the form");
     let mut cpu = cpu(&model, &right);
     cpu.shared.weights.stream_offsets[1] -= 512;
     let error = cpu.score(&[vec![1]]).unwrap_err().to_string();
