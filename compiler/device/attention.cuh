@@ -34,7 +34,7 @@ struct KvTile {
   static constexpr int kLanes = A::kHeadDim / kElements;
   static constexpr int kAtOnce = kWarp / kLanes;
   static constexpr int kRound = kAtOnce * kConsumerWarps;  // positions a CTA reads at once
-  static constexpr int kUnroll = 4;
+  static constexpr int kUnroll = 2;
 };
 
 template <class A>
@@ -175,7 +175,7 @@ MIRAGE_DEVICE void add_scaled(float (&out)[8], float p, const uint4& v) {
 
 // One batch of positions for the H query heads of a task.
 template <class A, int H>
-MIRAGE_DEVICE void attend(Softmax (&state)[H], const float (&q)[H][8], const KvBatch<A>& batch, const bool (&valid)[4]) {
+MIRAGE_DEVICE void attend(Softmax (&state)[H], const float (&q)[H][8], const KvBatch<A>& batch, const bool (&valid)[KvTile<A>::kUnroll]) {
   typedef KvTile<A> T;
 #pragma unroll
   for (int h = 0; h < H; h++) {

@@ -90,7 +90,8 @@ struct Context {
   // Called where a phase begins. Without it the compiler computes every phase's addresses once, ahead of the loop over
   // layers, and keeps them in registers that it does not have.
   MIRAGE_DEVICE void begin_phase() {
-    asm volatile("" : "+r"(at.thread), "+r"(at.warp), "+r"(at.lane), "+r"(at.group), "+r"(at.member));
+    asm volatile(""
+                 : "+r"(at.cta), "+r"(at.thread), "+r"(at.warp), "+r"(at.lane), "+r"(at.group), "+r"(at.member));
   }
 };
 

@@ -257,6 +257,7 @@ MIRAGE_DEVICE void embed(Context<R>& x, Scattered<X, Mesh, C>& stream, const bf1
 template <class X, class Shared, class Mesh, int C, class R>
 MIRAGE_DEVICE void reduce_scatter(Context<R>& x, Scattered<Shared, Mesh, C>& stream, uint4* words, uint32_t epoch) {
   x.begin_phase();
+  asm volatile("" : "+r"(stream.unit), "+r"(stream.column), "+r"(stream.lane));  // as begin_phase
   typedef Scattered<Shared, Mesh, C> S;
   typedef Producers<X, Mesh> P;
   constexpr int kMine = ceil_div(P::kPartials, S::kLanes), kBatch = batch_of(kMine, kWordsInFlight);
