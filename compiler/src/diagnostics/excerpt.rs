@@ -145,15 +145,21 @@ impl<'a> Files<'a> for Excerpt<'a> {
     }
 }
 
-/// A sentence that quotes something very long, without the middle.
+/// A sentence whose very long words, which can only be quotes, have lost their middle.
 pub(super) fn abridge(text: &str) -> String {
-    const LONGEST: usize = 600;
+    const LONGEST: usize = 160;
     if text.len() <= LONGEST {
         return text.to_owned();
     }
-    let head = floor_char_boundary(text, LONGEST / 2);
-    let tail = floor_char_boundary(text, text.len() - LONGEST / 4);
-    format!("{}{GAP}{}", &text[..head], &text[tail..])
+    let words = text.split(' ').map(|word| {
+        if word.len() <= LONGEST {
+            return word.to_owned();
+        }
+        let head = floor_char_boundary(word, AROUND);
+        let tail = floor_char_boundary(word, word.len() - AROUND);
+        format!("{}{GAP}{}", &word[..head], &word[tail..])
+    });
+    words.collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -202,12 +208,15 @@ mod tests {
     }
 
     #[test]
-    fn long_sentences_are_cut_in_the_middle() {
-        assert_eq!(abridge("short"), "short");
+    fn long_words_are_cut_in_the_middle() {
+        let sentence = "a sentence of many words ".repeat(20);
+        assert_eq!(abridge(&sentence), sentence);
+        let path = "/a/long/path".repeat(12);
+        assert_eq!(abridge(&path), path);
         let cut = abridge(&format!("no `{}` here", "é".repeat(5000)));
-        assert!(
-            cut.len() < 600 && cut.starts_with("no `é") && cut.ends_with("é` here"),
-            "{cut}"
+        assert_eq!(
+            cut,
+            format!("no `{}…{}` here", "é".repeat(19), "é".repeat(20))
         );
     }
 }
