@@ -111,9 +111,13 @@ impl Display for Summary<'_> {
 
 impl Summary<'_> {
     fn line(&self, f: &mut fmt::Formatter<'_>, label: &str, text: impl Display) -> fmt::Result {
-        // Styles have no width, so the label is padded before it is styled.
-        let label = self.terminal.bold(format_args!("{label:<LABELS$}"));
-        writeln!(f, "{label}{text}")
+        // Styles have width for the formatter, so the padding stands outside of them.
+        let padding = LABELS.saturating_sub(label.len());
+        let label = match label {
+            "" => String::new(),
+            _ => self.terminal.bold(label),
+        };
+        writeln!(f, "{label}{:padding$}{text}", "")
     }
 
     /// The fused phases of a layer and what each took in.
