@@ -97,7 +97,7 @@ MIRAGE_DEVICE bool advance(Context<R>& x) {
                      : "memory");
       on = made + 1 < q.max_new && next < Model::kMaxSeq;
 #pragma unroll 1
-      for (uint32_t i = 0; i < x.params.stop_count; i++) on &= token != x.params.stop_tokens[i];
+      for (uint32_t i = 0; i < q.stop_count; i++) on &= token != x.params.stop_tokens[q.stop_begin + i];
     }
     x.columns.slot[c] = on ? c : -1;
     x.columns.token[c] = on ? token : 0;

@@ -101,14 +101,17 @@ impl CpuModel {
     /// # Errors
     /// [`CpuError::Weights`] where an array's length is not what the program takes.
     pub fn new(program: Program, weights: HostWeights) -> Result<CpuModel, CpuError> {
+        let offsets = program.stream_offsets();
         let sizes = [
             (
                 "the array of weight streams",
-                program
-                    .stream_offsets()
-                    .last()
-                    .map_or(0, |&end| end as usize),
+                offsets.last().map_or(0, |&end| end as usize),
                 weights.streams.len(),
+            ),
+            (
+                "the list of stream offsets",
+                offsets.len(),
+                weights.stream_offsets.len(),
             ),
             (
                 "the embedding table",

@@ -262,8 +262,7 @@ impl Search<'_> {
     /// Units of the residual stream that its readers take side by side, for one column.
     fn stream_units(&self, frame: &Frame<'_>) -> usize {
         let placement = self.stream_placement(frame);
-        let producers =
-            axis(placement.groups, frame.mesh.groups) * axis(placement.members, frame.mesh.members);
+        let producers = placement.row_parts(&frame.mesh);
         producers * (self.graph.hidden / TILE).div_ceil(producers).max(1) * TILE / VALUES_PER_WORD
             + producers
     }
@@ -284,6 +283,10 @@ impl Search<'_> {
     }
 
     fn stream_fits(&self, frame: &Frame<'_>, columns: usize, form: StreamForm) -> bool {
+        // A worker without rows of the stream's writers would not keep step with the others (`Plan::verify`).
+        if self.stream_placement(frame).row_parts(&frame.mesh) > self.graph.hidden / TILE {
+            return false;
+        }
         let units = self.stream_units(frame);
         let threads = CONSUMER_WARPS * 32;
         match form {
@@ -451,11 +454,9 @@ impl Search<'_> {
     }
 }
 
-/// Coordinates of an axis whose values lie side by side.
-fn axis(split: Split, size: usize) -> usize {
-    if split == Split::Rows { size } else { 1 }
-}
-
 fn divisors(n: usize) -> Vec<usize> {
     (1..=n).filter(|d| n.is_multiple_of(*d)).collect()
 }
+
+#[cfg(test)]
+mod tests;

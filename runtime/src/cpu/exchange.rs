@@ -77,8 +77,12 @@ impl<'a> View<'a> {
         );
         let of_tile = linear.outputs_per_tile();
         let of_pass = linear.pass_rows(rows.count, pass) * of_tile;
-        let begin = rows.begin * of_tile + pass * linear.tiling.pass_tiles * of_tile + within;
-        begin..begin + of_pass.saturating_sub(within).min(VALUES_PER_WORD)
+        let used = of_pass.saturating_sub(within).min(VALUES_PER_WORD);
+        if used == 0 {
+            return 0..0;
+        }
+        let begin = (rows.begin + pass * linear.tiling.pass_tiles) * of_tile + within;
+        begin..begin + used
     }
 
     /// The values of a unit of a column, summed over its partials in the order of the mesh.

@@ -47,7 +47,8 @@ struct Published {
 struct Trace<'a> {
     program: &'a Program,
     clocks: Vec<Clock>,
-    words: HashMap<(Buffer, usize), Published>,
+    /// By CTA.
+    words: HashMap<Buffer, Vec<Option<Published>>>,
     now: u32,
     place: String,
 }
@@ -314,7 +315,7 @@ impl Trace<'_> {
         clock: Clock,
         epoch: u64,
     ) -> Result<(), Violation> {
-        if let Some(old) = self.words.get(&(buffer, cta)) {
+        if let Some(Some(old)) = self.words.get(&buffer).map(|words| &words[cta]) {
             if old.epoch >= epoch {
                 return Err(self.violation(
                     Rule::Waits,
@@ -335,14 +336,16 @@ impl Trace<'_> {
                 ));
             }
         }
-        self.words.insert(
-            (buffer, cta),
-            Published {
-                epoch,
-                clock,
-                readers: Vec::new(),
-            },
-        );
+        let ctas = self.clocks.len();
+        let words = self
+            .words
+            .entry(buffer)
+            .or_insert_with(|| (0..ctas).map(|_| None).collect());
+        words[cta] = Some(Published {
+            epoch,
+            clock,
+            readers: Vec::new(),
+        });
         Ok(())
     }
 
@@ -357,23 +360,25 @@ impl Trace<'_> {
         known: &mut HashMap<(Option<usize>, Option<usize>), Clock>,
         key: (Option<usize>, Option<usize>),
     ) -> Result<(), Violation> {
+        let now = self.now;
+        let mut of_buffer = self.words.get_mut(&buffer);
         for &writer in writers {
-            let Some(words) = self
-                .words
-                .get_mut(&(buffer, writer))
-                .filter(|words| words.epoch == epoch)
-            else {
+            let words = of_buffer.as_mut().and_then(|words| words[writer].as_mut());
+            let Some(words) = words.filter(|words| words.epoch == epoch) else {
                 return Err(self.violation(
                     Rule::Waits,
                     format!("CTA {cta} waits for words of CTA {writer} in {buffer:?} that it does not publish before"),
                 ));
             };
-            words.readers.push((cta, self.now));
+            words.readers.push((cta, now));
         }
         let learnt = known.entry(key).or_insert_with(|| {
             let mut all = vec![0; self.clocks.len()];
-            for writer in writers {
-                join_clocks(&mut all, &self.words[&(buffer, *writer)].clock);
+            for words in writers
+                .iter()
+                .filter_map(|writer| of_buffer.as_ref()?[*writer].as_ref())
+            {
+                join_clocks(&mut all, &words.clock);
             }
             all.into()
         });
