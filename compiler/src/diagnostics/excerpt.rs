@@ -175,8 +175,9 @@ mod tests {
             name: "a.ron".to_owned(),
             text: marked.replace(['<', '>'], ""),
         };
-        let excerpt = Excerpt::new(&source, &[start..end]);
-        let shown = excerpt.range(&(start..end));
+        let place = start..end;
+        let excerpt = Excerpt::new(&source, std::slice::from_ref(&place));
+        let shown = excerpt.range(&place);
         let mut text = excerpt.source(()).unwrap().to_owned();
         text.insert(shown.end, '>');
         text.insert(shown.start, '<');
