@@ -86,6 +86,7 @@ struct Context {
   float* scratch;
   float* sum_squares;  // [columns, kConsumerWarps]
   float2* rope;        // [columns, head_dim / 2]
+  float* stream;       // the replicated residual stream
 
   // Called where a phase begins. Without it the compiler computes every phase's addresses once, ahead of the loop over
   // layers, and keeps them in registers that it does not have.

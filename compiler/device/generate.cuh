@@ -134,7 +134,8 @@ MIRAGE_DEVICE void generate(const Params& params) {
                   reinterpret_cast<bf16*>(shared + Shared::kActivation),
                   reinterpret_cast<float*>(shared + Shared::kScratch),
                   reinterpret_cast<float*>(shared + Shared::kSumSquares),
-                  reinterpret_cast<float2*>(shared + Shared::kRope)};
+                  reinterpret_cast<float2*>(shared + Shared::kRope),
+                  reinterpret_cast<float*>(shared + Shared::kStream)};
   uint64_t* histograms = reinterpret_cast<uint64_t*>(params.exchange + Model::kHistogramsAt);
 #pragma unroll 1
   for (int i = at.cta * kConsumers + at.thread; i < 2 * Histograms<C>::kOfParity; i += Mesh::kCtas * kConsumers)

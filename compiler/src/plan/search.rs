@@ -39,8 +39,8 @@ pub enum PlanError {
     Program(#[from] ProgramError),
 }
 
-/// Registers a thread may give to the replicated residual stream.
-const STREAM_REGISTERS: usize = 48;
+/// Words of the replicated residual stream that a thread may keep: 48 KB of shared memory for all of them.
+const STREAM_WORDS: usize = 8;
 /// How many of the cheapest plans are tried for fit before giving up.
 const TRIES: usize = 4096;
 
@@ -259,12 +259,13 @@ impl Search<'_> {
             .collect()
     }
 
-    /// Units of the residual stream that its readers take side by side, for one column.
+    /// Units of the residual stream that its readers take side by side, for one column; never too few.
     fn stream_units(&self, frame: &Frame<'_>) -> usize {
         let placement = self.stream_placement(frame);
         let producers = placement.row_parts(&frame.mesh);
-        producers * (self.graph.hidden / TILE).div_ceil(producers).max(1) * TILE / VALUES_PER_WORD
-            + producers
+        // At most: a pass of one tile wastes the most of its last word.
+        let tiles = (self.graph.hidden / TILE).div_ceil(producers).max(1);
+        producers * tiles * TILE.div_ceil(VALUES_PER_WORD)
     }
 
     fn stream_placement(&self, frame: &Frame<'_>) -> Placement {
@@ -294,7 +295,7 @@ impl Search<'_> {
                 let per_thread = (columns * units)
                     .div_ceil(threads)
                     .max(columns.div_ceil(CONSUMER_WARPS));
-                per_thread * VALUES_PER_WORD <= STREAM_REGISTERS
+                per_thread <= STREAM_WORDS
             }
             StreamForm::Scattered => (columns * units).div_ceil(frame.mesh.workers()) <= threads,
         }

@@ -229,7 +229,20 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
         .map(|linear| columns * row(linear.width()));
     let heads = columns * row(a.width());
     let head = decode * row(program.head.width());
-    vec![
+    // residual.cuh, Replicated: six f32 of every unit of a thread, threads innermost.
+    let stream = program.steps().into_iter().filter_map(|(_, step)| {
+        let exchange = step.layer.iter().find_map(|phase| match phase {
+            Phase::AddToStream { exchange, .. } => Some(exchange),
+            _ => None,
+        })?;
+        let words = program.linears.get(exchange.source)?.words();
+        let units = views::producers(program, exchange, (0, 0)).len() * words;
+        let lanes = (CONSUMER_WARPS / step.columns).max(1) * 32;
+        let rounds = (step.columns / CONSUMER_WARPS).max(1) * units.div_ceil(lanes);
+        Some(rounds * 6 * 4 * CONSUMER_WARPS * 32)
+    });
+    let stream = stream.max().map(|bytes| ("Stream", bytes));
+    let mut needs = vec![
         ("Pages", program.ring.pages * program.ring.page_bytes),
         ("RingStorage", program.ring.pages * 16 + 4),
         // Slot, position, token, first: 4 bytes each; a pointer.
@@ -244,5 +257,7 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
             "Activation",
             operands.chain([heads, head, sampling]).max().unwrap_or(0),
         ),
-    ]
+    ];
+    needs.extend(stream);
+    needs
 }
