@@ -13,7 +13,7 @@ namespace mirage {
 enum class Along { kOwn, kConcat, kSum };
 
 // Words a thread asks for at once: enough to hide L2's latency, few enough to stay in registers.
-constexpr int kWordsInFlight = 8;
+constexpr int kWordsInFlight = 16;
 
 template <class X, class Mesh>
 struct Producers {

@@ -5,7 +5,8 @@
 //! It must not know a kernel, a model or a plan: what is launched and with which parameters is the caller's business.
 //!
 //! What is safe and what is not: allocation, copies that wait, streams, events and queries are safe. A launch is `unsafe`,
-//! because the kernel follows raw device pointers that no Rust type can vouch for; so are copies that return before the
+//! because mirage_compiler::arch::{DeviceFacts, GpuModel, UnsupportedDevice};
+use the kernel follows raw device pointers that no Rust type can vouch for; so are copies that return before the
 //! host memory they read or write is free again.
 //!
 //! The driver library is loaded when the first [`Gpu`] is opened. Only symbols of CUDA 12.0 are used, so any driver from
@@ -89,6 +90,21 @@ impl Properties {
             ""
         };
         self.arch() + suffix
+    }
+
+    /// The device as the planner sees it.
+    ///
+    /// # Errors
+    /// A compute capability that no kernel of ours is compiled for.
+    pub fn model(&self) -> Result<GpuModel, UnsupportedDevice> {
+        // Sizes of one GPU fit 32 bits.
+        GpuModel::of_device(&DeviceFacts {
+            name: &self.name,
+            compute_capability: self.compute_capability,
+            sms: u32::try_from(self.sm_count).unwrap_or(u32::MAX),
+            smem_per_block_optin: u32::try_from(self.shared_bytes_per_block).unwrap_or(u32::MAX),
+            l2_bytes: self.l2_bytes as u64,
+        })
     }
 }
 
