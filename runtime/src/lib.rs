@@ -1,6 +1,8 @@
 //! The runtime of mirage.
 
 pub mod checkpoint;
+pub mod cpu;
+pub mod generate;
 pub mod gpu;
 pub mod megakernel;
 pub mod pack;
