@@ -1,5 +1,6 @@
 //! The runtime of mirage.
 
+pub mod baseline;
 pub mod checkpoint;
 pub mod cpu;
 pub mod generate;

@@ -82,7 +82,8 @@ impl Stream {
         work: impl FnOnce() -> Result<(), E>,
     ) -> Result<CapturedGraph, E> {
         self.gpu.bind()?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // The first launch of a kernel loads it, which the stricter modes refuse; what `work` may not do is stated above.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is alive.
         check("cuStreamBeginCapture", unsafe {
             sys::cuStreamBeginCapture_v2(self.stream, mode)
