@@ -249,6 +249,17 @@ pub const GPU_MODELS: &[GpuModel] = &[
 ];
 
 impl GpuModel {
+    /// The mesh that the CPU executor runs a program on: a made-up GPU of few SMs, so that little time goes into
+    /// exchanges and every usual core count has CTAs to work on. It is the same on every machine, so that a program
+    /// computes the same everywhere. Sizes other than the SMs are the H100's; nothing is emitted for it.
+    pub fn cpu() -> GpuModel {
+        GpuModel {
+            name: "CPU",
+            sms: 8,
+            ..GpuModel::default_for(Arch::Sm90a)
+        }
+    }
+
     /// The GPU we plan for where an architecture is named and no device is at hand.
     pub fn default_for(arch: Arch) -> GpuModel {
         let index = match arch {
