@@ -160,7 +160,8 @@ MIRAGE_DEVICE void generate(const Params& params) {
     sync_consumers();
     Model::decode_layers(x, epoch);
     const uint32_t last = epoch + Model::kLayers + 1;
-    uint4* candidates = params.exchange + Model::kCandidatesAt;
+    // By parity: a CTA without a part of the layers may still read the last step's while the others write this step's.
+    uint4* candidates = params.exchange + Model::kCandidatesAt + parity * C * Mesh::kCtas;
     lm_head<typename Model::Head, C, Mesh>(x, candidates, cancelled != 0, last);
     const bool stop = collect_candidates<C, Mesh>(x, candidates, last);
     sample<typename Model::Head, C, Mesh>(x, histograms, params.exchange + Model::kSamplesAt,

@@ -272,6 +272,67 @@ impl GpuModel {
         };
         GPU_MODELS[index]
     }
+
+    /// The GPU at hand: what its driver says, and for the rest the GPU of its architecture whose name the device's name
+    /// holds (`NVIDIA H200 NVL` is planned as an H200), else the architecture's default.
+    ///
+    /// # Errors
+    ///
+    /// [`UnsupportedDevice`] where no cubin of ours runs on it.
+    pub fn of_device(device: &DeviceFacts<'_>) -> Result<GpuModel, UnsupportedDevice> {
+        let (major, minor) = device.compute_capability;
+        let arch = Arch::for_device(major, minor).ok_or_else(|| UnsupportedDevice {
+            name: device.name.to_owned(),
+            compute_capability: device.compute_capability,
+        })?;
+        // "H200 SXM" is called H200, "RTX 4090" is called RTX 4090: the form factor is no part of the device's name.
+        let called = |gpu: &&GpuModel| {
+            let (name, _) = gpu.name.split_once(" SXM").unwrap_or((gpu.name, ""));
+            device.name.contains(name)
+        };
+        let known = GPU_MODELS
+            .iter()
+            .filter(|gpu| gpu.arch == arch)
+            .find(called);
+        Ok(GpuModel {
+            sms: device.sms,
+            smem_per_block_optin: device.smem_per_block_optin,
+            l2_bytes: device.l2_bytes,
+            ..known
+                .copied()
+                .unwrap_or_else(|| GpuModel::default_for(arch))
+        })
+    }
+}
+
+/// What a driver says about a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceFacts<'a> {
+    /// Marketing name, `NVIDIA H100 80GB HBM3`.
+    pub name: &'a str,
+    /// Compute capability, major and minor.
+    pub compute_capability: (u32, u32),
+    /// Streaming multiprocessors that there are for us: fewer than the GPU has in a MIG instance.
+    pub sms: u32,
+    /// Largest shared memory of one block with opt-in, in bytes.
+    pub smem_per_block_optin: u32,
+    /// L2 cache, in bytes.
+    pub l2_bytes: u64,
+}
+
+/// A device that no cubin of ours runs on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{name} has compute capability {}.{}, which mirage does not compile for (it does for {})",
+    .compute_capability.0,
+    .compute_capability.1,
+    Arch::ALL.map(|arch| format!("{}.{}", arch.capability() / 10, arch.capability() % 10)).join(", ")
+)]
+pub struct UnsupportedDevice {
+    /// Its name.
+    pub name: String,
+    /// Its compute capability, major and minor.
+    pub compute_capability: (u32, u32),
 }
 
 #[cfg(test)]
@@ -316,6 +377,35 @@ mod tests {
             Err(&format!("unknown GPU architecture \"hopper\" {known}")),
         );
         check("", Err(&format!("unknown GPU architecture \"\" {known}")));
+    }
+
+    #[test]
+    fn a_device_is_planned_as_what_it_is() {
+        let device = |name, compute_capability| DeviceFacts {
+            name,
+            compute_capability,
+            sms: 114,
+            smem_per_block_optin: 100_000,
+            l2_bytes: 1 << 20,
+        };
+        let check = |name, capability, expect: &str, gbps: f64| {
+            let gpu = GpuModel::of_device(&device(name, capability)).unwrap();
+            assert_eq!((gpu.name, gpu.hbm_gbps), (expect, gbps));
+            assert_eq!(
+                (gpu.sms, gpu.smem_per_block_optin, gpu.l2_bytes),
+                (114, 100_000, 1 << 20)
+            );
+        };
+        check("NVIDIA H100 80GB HBM3", (9, 0), "H100 SXM", 3060.0);
+        check("NVIDIA H200", (9, 0), "H200 SXM", 4800.0);
+        check("NVIDIA A100-SXM4-80GB", (8, 0), "A100 SXM 80GB", 2039.0);
+        check("NVIDIA L40S", (8, 9), "RTX 4090", 1008.0);
+        let old = GpuModel::of_device(&device("Tesla T4", (7, 5))).unwrap_err();
+        assert_eq!(
+            old.to_string(),
+            "Tesla T4 has compute capability 7.5, which mirage does not compile for \
+             (it does for 8.0, 8.6, 8.9, 9.0, 10.0, 12.0)"
+        );
     }
 
     #[test]

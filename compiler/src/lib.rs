@@ -1,31 +1,26 @@
 //! The mirage compiler: a decoder's operator graph in, one persistent CUDA kernel out.
 //!
-//! The front end, from text to the graph that the planner lays out, is three calls; planning and lowering one more:
+//! [`driver::compile`] runs all stages; each is a type of its own, made only from the one before:
 //!
 //! ```
-//! use mirage_compiler::{
-//!     arch::{Arch, GpuModel},
-//!     emit::cuda_source,
-//!     fuse::FusedGraph,
-//!     graph::Graph,
-//!     plan::{Plan, Target},
-//!     typed::{ModelConfig, TypedGraph},
-//! };
+//! use mirage_compiler::arch::{Arch, GpuModel};
+//! use mirage_compiler::{driver, plan::Target, typed::ModelConfig};
 //!
 //! let text = include_str!("../../graphs/qwen3.ron");
-//! let graph = Graph::parse(text, "graphs/qwen3.ron")?;
-//! let typed = TypedGraph::new(&graph, &ModelConfig::none())?;
-//! let fused = FusedGraph::new(&typed)?;
 //! let target = Target { gpu: GpuModel::default_for(Arch::Sm90a), batch: 1, max_seq: 4096 };
-//! let (plan, program) = Plan::search(&fused, &target)?;
-//! let source = cuda_source(&program, Arch::Sm90a);
-//! assert_eq!(plan.mesh.workers(), 128);
-//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! let done = driver::compile(text, "graphs/qwen3.ron", &ModelConfig::none(), &target)?;
+//! assert_eq!(done.plan.mesh.workers(), 128);
+//! println!("{}\n{}", done.program, done.source.text);
+//! # Ok::<(), driver::CompileError>(())
 //! ```
+//!
+//! [`driver::Compilation::build`] makes the cubin, and [`artifact::Artifact`] is what the runtime loads.
 pub mod arch;
+pub mod artifact;
 pub mod cost;
 pub mod cubin_cache;
 pub mod diagnostics;
+pub mod driver;
 pub mod emit;
 pub mod fuse;
 pub mod graph;

@@ -97,10 +97,11 @@ impl Plan {
     ///
     /// 1. One placement for each linear of the layer and none for attention.
     /// 2. Linears that write the residual stream share one placement, so that every element has one owner.
-    /// 3. A linear with a norm or a SwiGLU splits rows only where its epilogue is not linear in the products.
-    /// 4. The groups divide the KV heads.
+    /// 3. A linear with a SwiGLU splits rows only: the epilogue is not linear in the products.
+    /// 4. A linear that reads the residual stream splits rows only: every worker prepares the whole stream.
+    /// 5. The groups divide the KV heads, and the linear that makes q, k and v splits rows over them.
     pub fn verify(&self, graph: &crate::fuse::FusedGraph) -> Result<(), String> {
-        use crate::fuse::Epilogue;
+        use crate::fuse::{Epilogue, FusedNode, Input};
         use crate::mesh::Split;
         if self.placements.len() != graph.layer.len() {
             return Err(format!(
@@ -110,7 +111,7 @@ impl Plan {
             ));
         }
         let mut residual = None;
-        for (node, placement) in graph.layer.iter().zip(&self.placements) {
+        for (index, (node, placement)) in graph.layer.iter().zip(&self.placements).enumerate() {
             match (&node.op, placement) {
                 (FusedOp::Attention(a), None) => {
                     if a.kv_heads % self.mesh.groups != 0 {
@@ -126,6 +127,20 @@ impl Plan {
                     if linear.epilogue == Epilogue::SwiGlu && splits_columns {
                         return Err(format!(
                             "{}: partial sums cannot pass through SwiGLU",
+                            node.name
+                        ));
+                    }
+                    if linear.input == Input::Residual && splits_columns {
+                        return Err(format!(
+                            "{}: every worker holds the whole residual stream, its columns cannot be split",
+                            node.name
+                        ));
+                    }
+                    let makes_heads =
+                        |n: &FusedNode| matches!(&n.op, FusedOp::Attention(a) if a.qkv == index);
+                    if placement.groups == Split::Columns && graph.layer.iter().any(makes_heads) {
+                        return Err(format!(
+                            "{}: a group's heads would be partial sums",
                             node.name
                         ));
                     }

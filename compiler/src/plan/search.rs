@@ -202,9 +202,9 @@ impl Search<'_> {
                         .into_iter()
                         .filter(|p| {
                             // The stream's reader holds all of its input; heads stay in their group; SwiGLU needs sums.
-                            let groups_split_rows = linear.input == Input::Residual || makes_heads;
-                            let whole = linear.epilogue == Epilogue::SwiGlu;
-                            (p.groups == Split::Rows || !(groups_split_rows || whole))
+                            let whole = linear.input == Input::Residual
+                                || linear.epilogue == Epilogue::SwiGlu;
+                            (p.groups == Split::Rows || !(makes_heads || whole))
                                 && (p.members == Split::Rows || !whole)
                         })
                         .map(Some)

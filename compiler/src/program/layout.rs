@@ -156,7 +156,8 @@ impl Words {
         decode_columns: usize,
     ) -> ExchangeLayout {
         let stream_at = self.take(stream_words);
-        let candidates_at = self.take(decode_columns * mesh.ctas);
+        // Of two steps, in turns (`device/generate.cuh`).
+        let candidates_at = self.take(2 * decode_columns * mesh.ctas);
         let samples_at = self.take(decode_columns * mesh.ctas);
         let barrier_at = self.take(mesh.ctas);
         // 64-bit counts: two step parities, two kinds, four levels of 256 bins (`device/sampling.cuh`, `Histograms`).

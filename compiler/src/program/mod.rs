@@ -21,11 +21,14 @@ use crate::plan::{Plan, StreamForm};
 pub use layout::{Region, SharedLayout};
 pub use lower::ProgramError;
 pub use stream::{Element, TILE_BYTES, Tile};
+pub use verify::{Rule, Violation};
 
 /// Values an exchange word carries (`device/words.cuh`).
 pub const VALUES_PER_WORD: usize = 6;
 /// Warps of a CTA that compute.
 pub const CONSUMER_WARPS: usize = 8;
+/// Threads of a CTA: the warps that compute, and one that streams weights (`device/prelude.cuh`, `kThreads`).
+pub const THREADS: usize = (CONSUMER_WARPS + 1) * 32;
 /// Rows and columns of a weight tile.
 pub const TILE: usize = 16;
 /// Bytes of an exchange word.
@@ -398,7 +401,7 @@ pub struct Step {
 pub struct ExchangeLayout {
     /// The replicated stream of the last layer, for the CTAs that are no workers.
     pub stream_at: usize,
-    /// Candidates of the LM head.
+    /// Candidates of the LM head, of even steps and then of odd ones.
     pub candidates_at: usize,
     /// Candidates of the sampler.
     pub samples_at: usize,

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use half::bf16;
 use mirage_compiler::emit::ENTRY;
-use mirage_compiler::program::{Program, WORD_BYTES, step_epochs};
+use mirage_compiler::program::{Program, THREADS, WORD_BYTES, step_epochs};
 use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
@@ -18,8 +18,6 @@ use crate::pack::{PackError, Packer, rope_table};
 use crate::sampler::SamplingParams;
 use launch::{Params, PrefillColumn, Sequence, prefill_columns};
 
-/// Threads of a CTA (`device/prelude.cuh`, `kThreads`).
-const THREADS: u32 = 288;
 /// Stop tokens a launch takes.
 pub const MAX_STOP_TOKENS: usize = 64;
 
@@ -114,7 +112,7 @@ impl Megakernel {
         let module = Module::load(gpu, cubin)?;
         let function = module.function(ENTRY)?;
         function.set_dynamic_shared_bytes(program.shared.bytes)?;
-        let found = function.max_blocks_per_sm(THREADS as usize, program.shared.bytes)? * gpu.sm_count();
+        let found = function.max_blocks_per_sm(THREADS, program.shared.bytes)? * gpu.sm_count();
         if found < needed {
             return Err(MegakernelError::NotResident { gpu: gpu_name(), needed, found });
         }
@@ -250,7 +248,7 @@ impl Megakernel {
         self.epoch += epochs;
         let config = LaunchConfig {
             grid: [program.mesh.ctas as u32, 1, 1],
-            block: [THREADS, 1, 1],
+            block: [THREADS as u32, 1, 1],
             dynamic_shared_bytes: program.shared.bytes as u32,
         };
         let (begin, end) = (Event::new(&self.gpu)?, Event::new(&self.gpu)?);

@@ -1,0 +1,247 @@
+//! Places: the array of norms, the exchange area, shared memory. Sizes are those of the device code, stated here anew.
+
+use super::{Rule, Violation, ensure, views};
+use crate::fuse::WeightId;
+use crate::plan::Target;
+use crate::program::{CONSUMER_WARPS, Norm, Phase, Program, TILE};
+
+/// A stretch of words or bytes that something needs.
+struct Need {
+    name: String,
+    at: usize,
+    size: usize,
+}
+
+/// Needs are disjoint and end before `end`.
+fn disjoint(mut needs: Vec<Need>, end: usize, rule: Rule, unit: &str) -> Result<(), Violation> {
+    needs.sort_by_key(|need| (need.at, need.size));
+    for (i, need) in needs.iter().enumerate() {
+        let (next, who) = match needs.get(i + 1) {
+            Some(next) => (next.at, next.name.as_str()),
+            None => (end, "the end"),
+        };
+        ensure(need.at + need.size <= next, rule, &need.name, || {
+            format!(
+                "it needs {} {unit} from {}, but {who} is at {next}",
+                need.size, need.at
+            )
+        })?;
+    }
+    Ok(())
+}
+
+pub(super) fn check_norms(program: &Program) -> Result<(), Violation> {
+    let norms = &program.norms;
+    let length = |weight: WeightId| -> usize {
+        program
+            .weights
+            .get(weight.0 as usize)
+            .map_or(0, |weight| weight.shape.iter().product())
+    };
+    let needs = norms.layer.iter().map(|&(weight, at)| Need {
+        name: format!("gamma {}", weight.0),
+        at,
+        size: length(weight),
+    });
+    disjoint(needs.collect(), norms.layer_stride, Rule::Norms, "elements")?;
+    let a = &program.attention;
+    let of_linears = program
+        .linears
+        .iter()
+        .map(|linear| (linear.name.as_str(), linear.norm, linear.columns));
+    let of_heads = [a.q_norm, a.k_norm].map(|norm| (a.name.as_str(), norm, a.head_dim));
+    for (name, norm, width) in of_linears.chain(of_heads) {
+        let Some(Norm {
+            gamma_at,
+            gamma_stride,
+            ..
+        }) = norm
+        else {
+            continue;
+        };
+        let there = norms
+            .layer
+            .iter()
+            .any(|&(weight, at)| at == gamma_at && length(weight) == width);
+        ensure(
+            there && gamma_at % 2 == 0 && gamma_stride == norms.layer_stride,
+            Rule::Norms,
+            name,
+            || format!("no gamma of {width} elements at {gamma_at}, every {gamma_stride}"),
+        )?;
+    }
+    let last_at = program.layers * norms.layer_stride;
+    let last = norms.last.map_or(0, length);
+    if let Some(norm) = program.head.norm {
+        let there = norm.gamma_at == last_at && last == program.hidden && last_at % 2 == 0;
+        ensure(there, Rule::Norms, &program.head.name, || {
+            format!(
+                "no gamma of {} elements at {}",
+                program.hidden, norm.gamma_at
+            )
+        })?;
+    }
+    ensure(
+        norms.len == last_at + last,
+        Rule::Norms,
+        "the array of norms",
+        || format!("{} elements, {} are needed", norms.len, last_at + last),
+    )
+}
+
+/// Buffers of the exchange area, in words, for whichever kind of step needs more.
+pub(super) fn check_words(program: &Program) -> Result<(), Violation> {
+    let (mesh, e) = (&program.mesh, &program.exchange);
+    let columns = program.prefill.columns.max(program.decode.columns);
+    let decode = program.decode.columns;
+    let mut needs: Vec<Need> = Vec::new();
+    let mut need = |name: String, at: usize, size: usize| {
+        // A buffer that both kinds of step name is one buffer.
+        match needs
+            .iter_mut()
+            .find(|need| need.name == name && need.at == at)
+        {
+            Some(known) => known.size = known.size.max(size),
+            None => needs.push(Need { name, at, size }),
+        }
+    };
+    for linear in &program.linears {
+        need(
+            format!("words of {}", linear.name),
+            linear.words_at,
+            mesh.workers() * columns * linear.words(),
+        );
+    }
+    let a = &program.attention;
+    for (_, step) in program.steps() {
+        let words = mesh.groups * a.tasks(step) * a.heads_per_task * a.task_words(step);
+        need("words of the heads".to_owned(), a.words_at, words);
+        for phase in &step.layer {
+            let (Phase::ReduceScatter { exchange, words_at }
+            | Phase::GatherStream {
+                exchange, words_at, ..
+            }) = phase
+            else {
+                continue;
+            };
+            let linear = &program.linears[exchange.source];
+            let units = views::producers(program, exchange, (0, 0)).len() * linear.words();
+            need(
+                format!("the stream after {}", linear.name),
+                *words_at,
+                units * step.columns,
+            );
+        }
+    }
+    let writer = program
+        .decode
+        .layer
+        .iter()
+        .rev()
+        .find_map(|phase| match phase {
+            Phase::AddToStream { exchange, .. } => Some(exchange),
+            _ => None,
+        });
+    if let Some(exchange) = writer.filter(|_| mesh.ctas > mesh.workers()) {
+        let units = views::producers(program, exchange, (0, 0)).len()
+            * program.linears[exchange.source].words();
+        need(
+            "the stream for the other CTAs".to_owned(),
+            e.stream_at,
+            units * decode,
+        );
+    }
+    // Candidates of two steps: a CTA that holds no layer may still read the last step's while others write the next's.
+    need(
+        "candidates of the head".to_owned(),
+        e.candidates_at,
+        2 * decode * mesh.ctas,
+    );
+    need(
+        "candidates of the sampler".to_owned(),
+        e.samples_at,
+        decode * mesh.ctas,
+    );
+    need("the grid barrier".to_owned(), e.barrier_at, mesh.ctas);
+    // 64-bit counts: two step parities, two kinds, four levels of 256 bins (`device/sampling.cuh`, `Histograms`).
+    need(
+        "histograms of the sampler".to_owned(),
+        e.histograms_at,
+        2 * 2 * 4 * 256 * decode / 2,
+    );
+    ensure(
+        i32::try_from(e.words).is_ok(),
+        Rule::Words,
+        "the exchange area",
+        || format!("{} words; the device code counts them in 32 bits", e.words),
+    )?;
+    disjoint(needs, e.words, Rule::Words, "words")
+}
+
+/// Alignment of a region: what a bulk copy asks for, and then some.
+const ALIGN: usize = 128;
+
+pub(super) fn check_shared(program: &Program) -> Result<(), Violation> {
+    let regions = &program.shared.regions;
+    for (name, size) in shared_needs(program) {
+        let mut of_name = regions.iter().filter(|region| region.name == name);
+        let (Some(region), None) = (of_name.next(), of_name.next()) else {
+            return ensure(false, Rule::Shared, name, || {
+                "the region is not there exactly once".to_owned()
+            });
+        };
+        ensure(region.bytes >= size, Rule::Shared, name, || {
+            format!("{} B; its phases keep {size} B there", region.bytes)
+        })?;
+        ensure(region.at % ALIGN == 0, Rule::Shared, name, || {
+            format!("it begins at {}", region.at)
+        })?;
+    }
+    let needs = regions.iter().map(|region| Need {
+        name: format!("region {}", region.name),
+        at: region.at,
+        size: region.bytes,
+    });
+    disjoint(needs.collect(), program.shared.bytes, Rule::Shared, "B")
+}
+
+/// What the device code keeps in each region of shared memory, in bytes.
+fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
+    let a = &program.attention;
+    let columns = program.prefill.columns.max(program.decode.columns);
+    let decode = program.decode.columns;
+    // linear.cuh, Products: [warps that split columns, columns, rows of a pass + 4] f32.
+    let products = program.linears.iter().map(|linear| {
+        let t = &linear.tiling;
+        t.warp_k() * columns * (t.pass_tiles * TILE + 4) * 4
+    });
+    // attention.cuh, WarpResult: a head's values, maximum and sum of every warp, f32, padded to four.
+    let results = CONSUMER_WARPS * a.heads_per_task * (a.head_dim + 4) * 4;
+    // head.cuh and sampling.cuh: candidates of the warps, the winners, a flag; per column two histograms, a prefix, a
+    // floor and a 64-bit target.
+    let sampling = 8 * (decode * CONSUMER_WARPS + decode + 1) + decode * (2 * 256 * 4 + 4 + 4 + 8);
+    // context.cuh, padded: a row of bf16 has 16 bytes more than it holds.
+    let row = |width: usize| (width + 8) * 2;
+    let operands = program
+        .linears
+        .iter()
+        .map(|linear| columns * row(linear.width()));
+    let heads = columns * row(a.width());
+    let head = decode * row(program.head.width());
+    vec![
+        ("Pages", program.ring.pages * program.ring.page_bytes),
+        ("RingStorage", program.ring.pages * 16 + 4),
+        // Slot, position, token, first: 4 bytes each; a pointer.
+        ("Columns", Target::MAX_COLUMNS * (4 * 4 + 8)),
+        ("SumSquares", columns * CONSUMER_WARPS * 4),
+        ("Rope", columns * a.head_dim / 2 * 8),
+        (
+            "Scratch",
+            products.chain([results, sampling]).max().unwrap_or(0),
+        ),
+        (
+            "Activation",
+            operands.chain([heads, head]).max().unwrap_or(0),
+        ),
+    ]
+}

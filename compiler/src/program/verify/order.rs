@@ -1,0 +1,389 @@
+//! Happens-before: nobody waits for a word that does not come, and nobody overwrites one that is still to be read.
+//!
+//! Every CTA has a vector clock: how much of every other CTA's run it knows to be over. It learns by waiting: a word
+//! carries what its writer knew. `t` counts phases over the whole trace; a CTA's entry is the number of phases whose reads
+//! it has done. One order of execution is walked, but the clocks hold only what every order has in common.
+//!
+//! The trace is the shortest that shows every reuse: two layers of a step (the first and the last; more only add
+//! knowledge), two prefill steps, three greedy decode steps, two that sample, and a greedy one.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use super::{Rule, Violation, views};
+use crate::plan::StreamForm;
+use crate::program::{Exchange, Phase, Program, Step, step_epochs};
+
+/// What each CTA of the grid is known to have done.
+type Clock = Rc<[u32]>;
+
+/// Words that are written and read together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Buffer {
+    /// Outputs of a linear.
+    Linear(usize),
+    /// Heads of attention.
+    Heads,
+    /// The residual stream after a linear, for all.
+    Gathered(usize),
+    /// The replicated stream, for the CTAs without a part of the layers.
+    Stream,
+    /// Candidates of the head, by the parity of the step.
+    Candidates(usize),
+    /// Candidates of the sampler.
+    Samples,
+    /// Arrivals at the grid barrier. They hold no value: a later arrival is as good as the one waited for.
+    Barrier,
+}
+
+/// The words of one CTA in a buffer.
+struct Published {
+    epoch: u64,
+    clock: Clock,
+    /// Who has read them, and when.
+    readers: Vec<(usize, u32)>,
+}
+
+struct Trace<'a> {
+    program: &'a Program,
+    clocks: Vec<Clock>,
+    words: HashMap<(Buffer, usize), Published>,
+    now: u32,
+    place: String,
+}
+
+pub(super) fn check(program: &Program) -> Result<(), Violation> {
+    let ctas = program.mesh.ctas;
+    let start: Clock = vec![0; ctas].into();
+    let mut trace = Trace {
+        program,
+        clocks: vec![start; ctas],
+        words: HashMap::new(),
+        now: 0,
+        place: String::new(),
+    };
+    let mut epoch = 0;
+    for _ in 0..2 {
+        trace.layers("prefill", &program.prefill, epoch)?;
+        trace.all(
+            Buffer::Barrier,
+            epoch + program.layers as u64 + 1,
+            "the barrier after a prefill step",
+        )?;
+        epoch += step_epochs(program.layers) as u64;
+    }
+    for (number, sampled) in [false, false, false, true, true, false]
+        .into_iter()
+        .enumerate()
+    {
+        trace.layers("decode", &program.decode, epoch)?;
+        trace.idle(epoch)?;
+        let last = epoch + program.layers as u64 + 1;
+        trace.all(
+            Buffer::Candidates(number % 2),
+            last,
+            "the head's candidates",
+        )?;
+        if sampled {
+            // Temperature alone: no barrier lies between the two exchanges of candidates.
+            trace.all(Buffer::Samples, last, "the sampler's candidates")?;
+        }
+        epoch += step_epochs(program.layers) as u64;
+    }
+    Ok(())
+}
+
+impl Trace<'_> {
+    fn layers(&mut self, name: &str, step: &Step, epoch: u64) -> Result<(), Violation> {
+        let last = self.program.layers - 1;
+        let layers = if last == 0 { vec![0] } else { vec![0, last] };
+        for layer in layers {
+            for (at, phase) in step.layer.iter().enumerate() {
+                self.place = self.program.place(name, at, phase);
+                self.phase(step, phase, epoch + layer as u64 + 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn phase(&mut self, step: &Step, phase: &Phase, epoch: u64) -> Result<(), Violation> {
+        let workers = self.program.mesh.workers();
+        match phase {
+            Phase::Linear(index) => {
+                for cta in self.with_rows(*index) {
+                    self.publish(Buffer::Linear(*index), cta, self.clocks[cta].clone(), epoch)?;
+                }
+            }
+            Phase::Attention(exchange) => {
+                self.collect(exchange, epoch)?;
+                let members = self.program.mesh.members;
+                let tasks = self.program.attention.tasks(step);
+                for cta in (0..workers).filter(|cta| cta % members < tasks) {
+                    let mut clock = self.clocks[cta].to_vec();
+                    clock[cta] = self.now + 1; // it has q, k and v
+                    self.publish(Buffer::Heads, cta, clock.into(), epoch)?;
+                }
+            }
+            Phase::CollectHeads { all_groups, .. } => {
+                let members = self.program.mesh.members;
+                let tasks = self.program.attention.tasks(step);
+                let mut known = HashMap::new();
+                for cta in 0..workers {
+                    let own = (!all_groups).then_some(cta / members);
+                    let writers = (0..workers)
+                        .filter(|w| {
+                            own.is_none_or(|group| w / members == group) && w % members < tasks
+                        })
+                        .collect::<Vec<_>>();
+                    self.join(cta, Buffer::Heads, &writers, epoch, &mut known, (own, None))?;
+                }
+            }
+            Phase::Collect { exchange, .. } | Phase::AddToStream { exchange, .. } => {
+                self.collect(exchange, epoch)?
+            }
+            Phase::ReduceScatter { exchange, .. } => self.reduce_scatter(step, exchange, epoch)?,
+            Phase::GatherStream { exchange, .. } => {
+                let owners = self.owners(step, exchange);
+                let mut known = HashMap::new();
+                for cta in 0..workers {
+                    self.join(
+                        cta,
+                        Buffer::Gathered(exchange.source),
+                        &owners,
+                        epoch,
+                        &mut known,
+                        (None, None),
+                    )?;
+                }
+            }
+        }
+        self.end_phase();
+        Ok(())
+    }
+
+    /// A phase ends with a barrier inside each CTA: all its threads have read what they waited for.
+    fn end_phase(&mut self) {
+        self.now += 1;
+        for (cta, clock) in self.clocks.iter_mut().enumerate() {
+            Rc::make_mut(clock)[cta] = self.now;
+        }
+    }
+
+    /// Workers whose slice of a linear has rows; the others publish nothing.
+    fn with_rows(&self, linear: usize) -> Vec<usize> {
+        let mesh = &self.program.mesh;
+        let has_rows = |cta: &usize| {
+            let (group, member) = mesh.coordinates(*cta);
+            self.program.linears[linear]
+                .slice(mesh, group, member)
+                .0
+                .count
+                > 0
+        };
+        (0..mesh.workers()).filter(has_rows).collect()
+    }
+
+    /// Every worker waits for the words of an exchange.
+    fn collect(&mut self, exchange: &Exchange, epoch: u64) -> Result<(), Violation> {
+        let mut known = HashMap::new();
+        for cta in 0..self.program.mesh.workers() {
+            let at = self.program.mesh.coordinates(cta);
+            let key = views::key(exchange, at);
+            let writers: Vec<usize> = views::producers(self.program, exchange, at)
+                .into_iter()
+                .filter(|producer| producer.rows.count > 0)
+                .flat_map(|producer| producer.partials)
+                .collect();
+            self.join(
+                cta,
+                Buffer::Linear(exchange.source),
+                &writers,
+                epoch,
+                &mut known,
+                key,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// A worker's threads each publish a word as soon as its own partial sums are there: such a word does not tell that
+    /// the other threads have read theirs.
+    fn reduce_scatter(
+        &mut self,
+        step: &Step,
+        exchange: &Exchange,
+        epoch: u64,
+    ) -> Result<(), Violation> {
+        let producers = views::producers(self.program, exchange, (0, 0));
+        let mut of_owner: Vec<Vec<usize>> = vec![Vec::new(); self.program.mesh.workers()];
+        for unit in views::stream_units(self.program, exchange, step.columns) {
+            if of_owner[unit.owner].last() != Some(&unit.producer) {
+                of_owner[unit.owner].push(unit.producer);
+            }
+        }
+        let mut known = HashMap::new();
+        for (cta, of_owner) in of_owner.iter().enumerate() {
+            for &producer in of_owner {
+                let partials = &producers[producer].partials;
+                let buffer = Buffer::Linear(exchange.source);
+                self.join(
+                    cta,
+                    buffer,
+                    partials,
+                    epoch,
+                    &mut known,
+                    (Some(producer), None),
+                )?;
+            }
+            if !of_owner.is_empty() {
+                self.publish(
+                    Buffer::Gathered(exchange.source),
+                    cta,
+                    self.clocks[cta].clone(),
+                    epoch,
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    fn owners(&self, step: &Step, exchange: &Exchange) -> Vec<usize> {
+        let units = views::stream_units(self.program, exchange, step.columns);
+        let mut owners: Vec<usize> = units.into_iter().map(|unit| unit.owner).collect();
+        owners.dedup();
+        owners
+    }
+
+    /// What the CTAs without a part of the layers wait for after the last layer.
+    fn idle(&mut self, epoch: u64) -> Result<(), Violation> {
+        let (mesh, step) = (&self.program.mesh, &self.program.decode);
+        if mesh.ctas == mesh.workers() {
+            return Ok(());
+        }
+        self.place = "the residual stream for the CTAs without a part of the layers".to_owned();
+        let epoch = epoch + self.program.layers as u64;
+        let gathered = step.layer.iter().rev().find_map(|phase| match phase {
+            Phase::GatherStream { exchange, .. } => Some(*exchange),
+            _ => None,
+        });
+        let (buffer, writers) = match (step.stream, gathered) {
+            (StreamForm::Scattered, Some(exchange)) => (
+                Buffer::Gathered(exchange.source),
+                self.owners(step, &exchange),
+            ),
+            _ => {
+                self.publish(Buffer::Stream, 0, self.clocks[0].clone(), epoch)?;
+                (Buffer::Stream, vec![0])
+            }
+        };
+        let mut known = HashMap::new();
+        for cta in mesh.workers()..mesh.ctas {
+            self.join(cta, buffer, &writers, epoch, &mut known, (None, None))?;
+        }
+        self.end_phase();
+        Ok(())
+    }
+
+    /// All CTAs publish, all wait for all.
+    fn all(&mut self, buffer: Buffer, epoch: u64, place: &str) -> Result<(), Violation> {
+        self.place = place.to_owned();
+        let ctas: Vec<usize> = (0..self.program.mesh.ctas).collect();
+        for &cta in &ctas {
+            self.publish(buffer, cta, self.clocks[cta].clone(), epoch)?;
+        }
+        let mut known = HashMap::new();
+        for &cta in &ctas {
+            self.join(cta, buffer, &ctas, epoch, &mut known, (None, None))?;
+        }
+        self.end_phase();
+        Ok(())
+    }
+
+    fn violation(&self, rule: Rule, message: String) -> Violation {
+        Violation {
+            rule,
+            place: self.place.clone(),
+            message,
+        }
+    }
+
+    fn publish(
+        &mut self,
+        buffer: Buffer,
+        cta: usize,
+        clock: Clock,
+        epoch: u64,
+    ) -> Result<(), Violation> {
+        if let Some(old) = self.words.get(&(buffer, cta)) {
+            if old.epoch >= epoch {
+                return Err(self.violation(
+                    Rule::Waits,
+                    format!(
+                        "CTA {cta} publishes {buffer:?} with epoch {epoch} after {}",
+                        old.epoch
+                    ),
+                ));
+            }
+            let late = old
+                .readers
+                .iter()
+                .find(|(reader, at)| clock[*reader] <= *at);
+            if let Some((reader, _)) = late.filter(|_| buffer != Buffer::Barrier) {
+                return Err(self.violation(
+                    Rule::Reuse,
+                    format!("CTA {cta} may overwrite {buffer:?} while CTA {reader} still waits for what it held"),
+                ));
+            }
+        }
+        self.words.insert(
+            (buffer, cta),
+            Published {
+                epoch,
+                clock,
+                readers: Vec::new(),
+            },
+        );
+        Ok(())
+    }
+
+    /// CTA `cta` waits for the words of `writers` and knows what they knew. Readers with the same `key` read the same, so
+    /// what they learn is worked out once.
+    fn join(
+        &mut self,
+        cta: usize,
+        buffer: Buffer,
+        writers: &[usize],
+        epoch: u64,
+        known: &mut HashMap<(Option<usize>, Option<usize>), Clock>,
+        key: (Option<usize>, Option<usize>),
+    ) -> Result<(), Violation> {
+        for &writer in writers {
+            let Some(words) = self
+                .words
+                .get_mut(&(buffer, writer))
+                .filter(|words| words.epoch == epoch)
+            else {
+                return Err(self.violation(
+                    Rule::Waits,
+                    format!("CTA {cta} waits for words of CTA {writer} in {buffer:?} that it does not publish before"),
+                ));
+            };
+            words.readers.push((cta, self.now));
+        }
+        let learnt = known.entry(key).or_insert_with(|| {
+            let mut all = vec![0; self.clocks.len()];
+            for writer in writers {
+                join_clocks(&mut all, &self.words[&(buffer, *writer)].clock);
+            }
+            all.into()
+        });
+        join_clocks(Rc::make_mut(&mut self.clocks[cta]), learnt);
+        Ok(())
+    }
+}
+
+fn join_clocks(into: &mut [u32], other: &[u32]) {
+    for (into, other) in into.iter_mut().zip(other) {
+        *into = (*into).max(*other);
+    }
+}

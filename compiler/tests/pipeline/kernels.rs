@@ -1,0 +1,82 @@
+//! Real cubins of the emitted kernels by the real NVRTC; needs no GPU. Where NVRTC is missing these tests fail and say what
+//! to install.
+//!
+//! NVRTC compiles one program at a time in a process, so there is nothing to gain from threads here.
+
+use mirage_compiler::arch::Arch;
+use mirage_compiler::emit::{ENTRY, cuda_source};
+use mirage_compiler::nvrtc::{Nvrtc, Options, Source};
+
+use crate::models::compile;
+
+/// A kernel compiles without a warning, and keeps everything in registers.
+#[track_caller]
+fn check(model: &str, arch: Arch, batch: usize) {
+    let what = format!("{model}, {arch}, batch {batch}");
+    let (_, program) = compile(model, arch, batch);
+    let cuda = cuda_source(&program, arch);
+    let source = Source {
+        name: "kernel.cu".to_owned(),
+        text: cuda.text,
+        headers: cuda.headers,
+    };
+    let nvrtc = Nvrtc::find().unwrap_or_else(|error| panic!("{error}"));
+    let compiled = nvrtc
+        .compile(&source, arch, &Options::default())
+        .unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert_eq!(&compiled.cubin[..4], b"\x7fELF", "{what}");
+    assert_eq!(compiled.log, "", "{what}");
+    let [kernel] = &compiled.resources[..] else {
+        panic!("{what}: {:?}", compiled.resources)
+    };
+    assert_eq!(kernel.name, ENTRY, "{what}");
+    assert_eq!(
+        (
+            kernel.spill_store_bytes,
+            kernel.spill_load_bytes,
+            kernel.stack_bytes
+        ),
+        (0, 0, 0),
+        "{what}: spills (stores, loads) and stack: {kernel:?}"
+    );
+}
+
+#[test]
+fn the_default_kernel_compiles_for_ampere() {
+    check("0.6B", Arch::Sm80, 1);
+}
+
+#[test]
+fn the_default_kernel_compiles_for_hopper() {
+    check("0.6B", Arch::Sm90a, 1);
+}
+
+#[test]
+fn the_default_kernel_compiles_for_blackwell() {
+    check("0.6B", Arch::Sm100a, 1);
+}
+
+#[test]
+fn the_default_kernel_compiles_for_geforce_blackwell() {
+    check("0.6B", Arch::Sm120a, 1);
+}
+
+#[test]
+fn eight_sequences_compile() {
+    check("0.6B", Arch::Sm90a, 8);
+}
+
+#[test]
+fn qwen3_8b_compiles() {
+    check("8B", Arch::Sm90a, 1);
+}
+
+#[test]
+fn llama3_compiles() {
+    check("llama3", Arch::Sm90a, 1);
+}
+
+#[test]
+fn the_tiny_model_compiles() {
+    check("tiny", Arch::Sm90a, 1);
+}
