@@ -48,10 +48,20 @@ impl std::error::Error for PromptError {}
 /// # Errors
 /// The first line that breaks the format, or a file without prompts.
 pub fn parse(bytes: &[u8], file: &str) -> Result<Vec<Prompt>, PromptError> {
-    let error = |line: usize, message: String| PromptError { file: file.to_owned(), line, message };
+    let error = |line: usize, message: String| PromptError {
+        file: file.to_owned(),
+        line,
+        message,
+    };
     let text = std::str::from_utf8(bytes).map_err(|utf8| {
-        let line = 1 + bytes[..utf8.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
-        error(line, "this is not UTF-8 text; save the file as UTF-8".to_owned())
+        let line = 1 + bytes[..utf8.valid_up_to()]
+            .iter()
+            .filter(|byte| **byte == b'\n')
+            .count();
+        error(
+            line,
+            "this is not UTF-8 text; save the file as UTF-8".to_owned(),
+        )
     })?;
     let mut prompts: Vec<Prompt> = Vec::new();
     let mut category = UNCATEGORIZED;
@@ -62,7 +72,11 @@ pub fn parse(bytes: &[u8], file: &str) -> Result<Vec<Prompt>, PromptError> {
             continue;
         }
         if let Some(name) = line.strip_prefix('@') {
-            if name.is_empty() || !name.chars().all(|c| c.is_alphanumeric() || c == '-' || c == '_') {
+            if name.is_empty()
+                || !name
+                    .chars()
+                    .all(|c| c.is_alphanumeric() || c == '-' || c == '_')
+            {
                 let rule = "a category's name has letters, digits, - and _ only; a prompt that starts with @ is written as a JSON string";
                 return Err(error(index + 1, format!("`{line}`: {rule}")));
             }
@@ -78,13 +92,26 @@ pub fn parse(bytes: &[u8], file: &str) -> Result<Vec<Prompt>, PromptError> {
             line.to_owned()
         };
         if text.is_empty() {
-            return Err(error(index + 1, "the prompt is empty; give it at least one character or remove the line".to_owned()));
+            return Err(error(
+                index + 1,
+                "the prompt is empty; give it at least one character or remove the line".to_owned(),
+            ));
         }
-        let number = 1 + prompts.iter().filter(|prompt| prompt.category == category).count();
-        prompts.push(Prompt { id: format!("{category}/{number}"), category: category.to_owned(), text });
+        let number = 1 + prompts
+            .iter()
+            .filter(|prompt| prompt.category == category)
+            .count();
+        prompts.push(Prompt {
+            id: format!("{category}/{number}"),
+            category: category.to_owned(),
+            text,
+        });
     }
     if prompts.is_empty() {
-        return Err(error(0, "there are no prompts in it; write one a line".to_owned()));
+        return Err(error(
+            0,
+            "there are no prompts in it; write one a line".to_owned(),
+        ));
     }
     Ok(prompts)
 }
@@ -104,8 +131,18 @@ pub fn order(categories: &[&str], seed: u64) -> Vec<usize> {
     for (_, queue) in &mut queues {
         random.shuffle(queue);
     }
-    let longest = queues.iter().map(|(_, queue)| queue.len()).max().unwrap_or(0);
-    (0..longest).flat_map(|turn| queues.iter().filter_map(move |(_, queue)| queue.get(turn).copied())).collect()
+    let longest = queues
+        .iter()
+        .map(|(_, queue)| queue.len())
+        .max()
+        .unwrap_or(0);
+    (0..longest)
+        .flat_map(|turn| {
+            queues
+                .iter()
+                .filter_map(move |(_, queue)| queue.get(turn).copied())
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -114,7 +151,10 @@ mod tests {
 
     fn check(text: &str, expected: &[(&str, &str)]) {
         let prompts = parse(text.as_bytes(), "p.txt").expect("a valid file");
-        let found: Vec<_> = prompts.iter().map(|prompt| (prompt.id.as_str(), prompt.text.as_str())).collect();
+        let found: Vec<_> = prompts
+            .iter()
+            .map(|prompt| (prompt.id.as_str(), prompt.text.as_str()))
+            .collect();
         assert_eq!(found, expected);
     }
 
@@ -125,13 +165,27 @@ mod tests {
 
     #[test]
     fn plain_lines_and_categories() {
-        check("# head\n\n@a\n one \ntwo\n@b\nthree\n@a\nfour", &[("a/1", "one"), ("a/2", "two"), ("b/1", "three"), ("a/3", "four")]);
-        check("one\ntwo\n", &[("uncategorized/1", "one"), ("uncategorized/2", "two")]);
+        check(
+            "# head\n\n@a\n one \ntwo\n@b\nthree\n@a\nfour",
+            &[
+                ("a/1", "one"),
+                ("a/2", "two"),
+                ("b/1", "three"),
+                ("a/3", "four"),
+            ],
+        );
+        check(
+            "one\ntwo\n",
+            &[("uncategorized/1", "one"), ("uncategorized/2", "two")],
+        );
     }
 
     #[test]
     fn json_lines_hold_everything() {
-        check("@x\n\" \\r\\n \"\n\"# @ \\\"\"\n\"\\ud83d\\ude00\"", &[("x/1", " \r\n "), ("x/2", "# @ \""), ("x/3", "\u{1f600}")]);
+        check(
+            "@x\n\" \\r\\n \"\n\"# @ \\\"\"\n\"\\ud83d\\ude00\"",
+            &[("x/1", " \r\n "), ("x/2", "# @ \""), ("x/3", "\u{1f600}")],
+        );
     }
 
     #[test]
@@ -143,7 +197,10 @@ mod tests {
     fn errors_name_the_line() {
         check_error(b"", "p.txt: there are no prompts");
         check_error(b"@a\n# nothing\n", "p.txt: there are no prompts");
-        check_error(b"ok\n\"open\n", "p.txt:2: a line that starts with a double quote");
+        check_error(
+            b"ok\n\"open\n",
+            "p.txt:2: a line that starts with a double quote",
+        );
         check_error(b"ok\n\"\"\n", "p.txt:2: the prompt is empty");
         check_error(b"@\n", "p.txt:1: `@`");
         check_error(b"@two words\n", "p.txt:1: `@two words`");

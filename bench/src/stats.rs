@@ -6,7 +6,7 @@
 //! Intervals are percentile bootstraps (Efron, 1979) with the levels widened for small samples: the plain percentile
 //! interval of five values is too narrow by sqrt((n-1)/n) and by using a normal where Student's t belongs. So each tail is
 //! Φ(-sqrt(n/(n-1)) · t(0.975, n-1)) in place of 0.025 (Hesterberg, "What Teachers Should Know about the Bootstrap", 2015,
-//! section 3.3, "expanded percentile interval").
+//! the "expanded percentile interval").
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -143,7 +143,11 @@ impl Pairs {
 
     fn usable(&self) -> bool {
         let positive = |value: f64| value.is_finite() && value > 0.0;
-        !self.0.is_empty() && self.0.iter().all(|pair| positive(pair.0) && positive(pair.1))
+        !self.0.is_empty()
+            && self
+                .0
+                .iter()
+                .all(|pair| positive(pair.0) && positive(pair.1))
     }
 }
 
@@ -153,7 +157,10 @@ pub fn geometric_mean_of_ratios(series: &[Pairs]) -> Option<Estimate> {
     if series.is_empty() || !series.iter().all(Pairs::usable) {
         return None;
     }
-    let whole: Vec<f64> = series.iter().map(|pairs| Pairs::ratio(pairs.0.iter().copied())).collect();
+    let whole: Vec<f64> = series
+        .iter()
+        .map(|pairs| Pairs::ratio(pairs.0.iter().copied()))
+        .collect();
     let value = geometric_mean(&whole)?;
     let smallest = series.iter().map(|pairs| pairs.0.len()).min()?;
     let interval = bootstrap(smallest, |random| {
@@ -179,7 +186,9 @@ pub fn ratio_of_means(above: &[f64], below: &[f64]) -> Option<Estimate> {
     let value = mean(above) / mean(below);
     let interval = bootstrap(above.len().min(below.len()), |random| {
         let mut draw = |values: &[f64]| {
-            let sum: f64 = (0..values.len()).map(|_| values[random.below(values.len())]).sum();
+            let sum: f64 = (0..values.len())
+                .map(|_| values[random.below(values.len())])
+                .sum();
             sum / values.len() as f64
         };
         draw(above) / draw(below)
@@ -241,7 +250,10 @@ mod tests {
     use super::*;
 
     fn close(found: f64, expected: f64) {
-        assert!((found - expected).abs() <= 1e-9 * expected.abs().max(1.0), "{found} is not {expected}");
+        assert!(
+            (found - expected).abs() <= 1e-9 * expected.abs().max(1.0),
+            "{found} is not {expected}"
+        );
     }
 
     #[test]
@@ -267,19 +279,35 @@ mod tests {
 
     #[test]
     fn tails_are_those_of_the_paper() {
-        // Hesterberg 2015, table 5: nominal 0.025 becomes .0010 for n = 5 and .0139 for n = 20.
-        assert!((widened_tail(5) - 0.0010).abs() < 0.0001, "{}", widened_tail(5));
-        assert!((widened_tail(20) - 0.0159).abs() < 0.003, "{}", widened_tail(20));
+        // By hand: t(0.975, 4) = 2.776, times sqrt(5/4) is 3.104, and Φ(-3.104) = 0.00096.
+        assert!(
+            (widened_tail(5) - 0.00096).abs() < 1e-5,
+            "{}",
+            widened_tail(5)
+        );
+        // t(0.975, 19) = 2.093, times sqrt(20/19) is 2.147, and Φ(-2.147) = 0.0159.
+        assert!(
+            (widened_tail(20) - 0.0159).abs() < 1e-4,
+            "{}",
+            widened_tail(20)
+        );
         assert!((widened_tail(100_000) - TAIL).abs() < 1e-4);
     }
 
     #[test]
     fn pairs_cancel_what_both_share() {
         // Work that varies tenfold, but one side is always twice as slow, give or take a percent.
-        let pairs = Pairs((1..=10).map(|i| (f64::from(i) * (2.0 + 0.02 * f64::from(i % 2)), f64::from(i))).collect());
+        let pairs = Pairs(
+            (1..=10)
+                .map(|i| (f64::from(i) * (2.0 + 0.02 * f64::from(i % 2)), f64::from(i)))
+                .collect(),
+        );
         let estimate = pairs.ratio_of_sums().expect("pairs");
         let (low, high) = estimate.interval.expect("an interval");
-        assert!(2.0 <= low && high <= 2.02 && high - low < 0.02, "{low} {high}");
+        assert!(
+            2.0 <= low && high <= 2.02 && high - low < 0.02,
+            "{low} {high}"
+        );
         assert_eq!(estimate.against(1.0), Side::Above);
         assert_eq!(estimate.against(3.0), Side::Below);
         assert_eq!(estimate.against(estimate.value), Side::Undecided);
@@ -292,7 +320,9 @@ mod tests {
         let mut random = Random(1);
         let mut noisy = || {
             // Irwin-Hall: the sum of 12 uniforms has a variance of 1.
-            let sum: f64 = (0..12).map(|_| random.bits() as f64 / u64::MAX as f64).sum();
+            let sum: f64 = (0..12)
+                .map(|_| random.bits() as f64 / u64::MAX as f64)
+                .sum();
             100.0 + 2.0 * (sum - 6.0)
         };
         let holds = (0..400)
@@ -308,7 +338,13 @@ mod tests {
     #[test]
     fn too_few_or_bad_values_have_no_interval() {
         let one = Pairs(vec![(3.0, 2.0)]).ratio_of_sums().expect("a pair");
-        assert_eq!(one, Estimate { value: 1.5, interval: None });
+        assert_eq!(
+            one,
+            Estimate {
+                value: 1.5,
+                interval: None
+            }
+        );
         assert_eq!(one.against(1.0), Side::Undecided);
         assert_eq!(Pairs::default().ratio_of_sums(), None);
         assert_eq!(Pairs(vec![(1.0, 0.0)]).ratio_of_sums(), None);
@@ -323,7 +359,12 @@ mod tests {
         let estimate = geometric_mean_of_ratios(&series).expect("positive");
         close(estimate.value, 2.0);
         assert_eq!(estimate.interval, Some((estimate.value, estimate.value)));
-        close(ratio_of_means(&[2.0, 4.0], &[1.0, 2.0]).expect("positive").value, 2.0);
+        close(
+            ratio_of_means(&[2.0, 4.0], &[1.0, 2.0])
+                .expect("positive")
+                .value,
+            2.0,
+        );
     }
 
     #[test]
