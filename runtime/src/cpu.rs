@@ -33,7 +33,7 @@ use crate::generate::{
 use crate::pack::{HostWeights, PackError};
 
 use area::ExchangeArea;
-pub use area::WordFault;
+pub use area::PhaseFault;
 use attention::KvCache;
 use cta::Cta;
 
@@ -54,11 +54,11 @@ pub enum CpuError {
         /// Elements there are.
         found: usize,
     },
-    /// An exchange went wrong: the program is.
+    /// A phase cannot be done: the program is wrong.
     #[error(
         "internal error in the {phase}, layer {layer}, CTA {cta}: {fault}; the compiled program is wrong, please report it"
     )]
-    Exchange {
+    Phase {
         /// Step and phase, in words.
         phase: String,
         /// Layer; the number of layers for the head.
@@ -66,7 +66,7 @@ pub enum CpuError {
         /// CTA that met the fault.
         cta: usize,
         /// What it met.
-        fault: WordFault,
+        fault: PhaseFault,
     },
 }
 
@@ -101,14 +101,17 @@ impl CpuModel {
     /// # Errors
     /// [`CpuError::Weights`] where an array's length is not what the program takes.
     pub fn new(program: Program, weights: HostWeights) -> Result<CpuModel, CpuError> {
+        let offsets = program.stream_offsets();
         let sizes = [
             (
                 "the array of weight streams",
-                program
-                    .stream_offsets()
-                    .last()
-                    .map_or(0, |&end| end as usize),
+                offsets.last().map_or(0, |&end| end as usize),
                 weights.streams.len(),
+            ),
+            (
+                "the list of stream offsets",
+                offsets.len(),
+                weights.stream_offsets.len(),
             ),
             (
                 "the embedding table",

@@ -45,7 +45,7 @@ pub enum PackError {
     },
 }
 
-/// Bytes of the tile's rows, for one row: 16 elements.
+/// Bytes of a tile's row in the checkpoint's order.
 const ROW_BYTES: usize = TILE * 2;
 /// Pairs of elements in a row of a tile; a pair is neighbours in the packed tile too.
 const ROW_PAIRS: usize = TILE / 2;

@@ -11,9 +11,9 @@ use mirage_compiler::program::VALUES_PER_WORD;
 /// The values of one word.
 pub(super) type Values = [f32; VALUES_PER_WORD];
 
-/// What a reader or writer of a word met.
+/// What stopped a phase. Each shows that the program is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum WordFault {
+pub enum PhaseFault {
     /// The word was not written in the epoch in which it is read.
     #[error("word {word} is read in epoch {expected} but was last written in epoch {found}")]
     Stale {
@@ -48,6 +48,9 @@ pub enum WordFault {
         /// Bytes wanted.
         wanted: usize,
     },
+    /// A phase of a replicated residual stream in a step that scatters it, or the other way round.
+    #[error("the phase does not fit the form in which the step keeps the residual stream")]
+    Form,
 }
 
 /// Payload in the lower 96 bits, epoch in the upper 32. Phases are separated by joins, so relaxed halves cannot tear.
@@ -73,8 +76,8 @@ impl ExchangeArea {
         self.words.fill_with(Word::default);
     }
 
-    fn word(&self, at: usize) -> Result<&Word, WordFault> {
-        self.words.get(at).ok_or(WordFault::Outside {
+    fn word(&self, at: usize) -> Result<&Word, PhaseFault> {
+        self.words.get(at).ok_or(PhaseFault::Outside {
             word: at,
             words: self.words.len(),
         })
@@ -86,13 +89,13 @@ impl ExchangeArea {
         at: usize,
         [a, b, c]: [u32; 3],
         epoch: u32,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let word = self.word(at)?;
         let high = u64::from(epoch) << 32 | u64::from(c);
         word.low
             .store(u64::from(b) << 32 | u64::from(a), Ordering::Relaxed);
         if (word.high.swap(high, Ordering::Relaxed) >> 32) as u32 == epoch {
-            return Err(WordFault::Twice { word: at, epoch });
+            return Err(PhaseFault::Twice { word: at, epoch });
         }
         Ok(())
     }
@@ -103,18 +106,18 @@ impl ExchangeArea {
         at: usize,
         values: &Values,
         epoch: u32,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let pair = |i: usize| u32::from(bits(values[i + 1])) << 16 | u32::from(bits(values[i]));
         self.publish(at, [pair(0), pair(2), pair(4)], epoch)
     }
 
     /// The payload of a word that was written in this epoch.
-    pub(super) fn take(&self, at: usize, epoch: u32) -> Result<[u32; 3], WordFault> {
+    pub(super) fn take(&self, at: usize, epoch: u32) -> Result<[u32; 3], PhaseFault> {
         let word = self.word(at)?;
         let high = word.high.load(Ordering::Relaxed);
         let found = (high >> 32) as u32;
         if found != epoch {
-            return Err(WordFault::Stale {
+            return Err(PhaseFault::Stale {
                 word: at,
                 found,
                 expected: epoch,
@@ -125,7 +128,7 @@ impl ExchangeArea {
     }
 
     /// The six values of a word that was written in this epoch.
-    pub(super) fn take_values(&self, at: usize, epoch: u32) -> Result<Values, WordFault> {
+    pub(super) fn take_values(&self, at: usize, epoch: u32) -> Result<Values, PhaseFault> {
         let [a, b, c] = self.take(at, epoch)?;
         let low = |pair: u32| f32::from_bits(pair << 16);
         let high = |pair: u32| f32::from_bits(pair & 0xffff_0000);

@@ -9,7 +9,7 @@ use mirage_compiler::program::{
     Attention, CONSUMER_WARPS, Exchange, Linear, Norm, Program, TILE, VALUES_PER_WORD,
 };
 
-use super::area::{Values, WordFault, bits, value};
+use super::area::{PhaseFault, Values, bits, value};
 use super::cta::{Append, Cta, Now};
 use super::exchange::{View, publish};
 
@@ -80,7 +80,7 @@ impl Cta {
         now: &Now<'_>,
         cache: &KvCache,
         exchange: Exchange,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let a = &now.shared.program.attention;
         self.collect_heads_of_group(now, exchange)?;
         self.prepare_heads(now);
@@ -96,7 +96,7 @@ impl Cta {
         &mut self,
         now: &Now<'_>,
         exchange: Exchange,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let view = View::new(now, exchange, self);
         let of_group = view.source().slice(&now.shared.mesh, self.group, 0).0.begin;
         let whole = Share {
@@ -161,7 +161,7 @@ impl Cta {
     }
 
     /// One task, published.
-    fn task(&mut self, now: &Now<'_>, cache: &KvCache, task: usize) -> Result<(), WordFault> {
+    fn task(&mut self, now: &Now<'_>, cache: &KvCache, task: usize) -> Result<(), PhaseFault> {
         let a = &now.shared.program.attention;
         let (split, block) = (task % now.kv_splits, task / now.kv_splits % blocks(a));
         let column = task / now.kv_splits / blocks(a);
@@ -232,7 +232,7 @@ impl Cta {
         now: &Now<'_>,
         next: &Linear,
         all_groups: bool,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let a = &now.shared.program.attention;
         let (_, k) = self.slice(now.shared, next);
         let groups = if all_groups {
@@ -256,7 +256,7 @@ impl Cta {
 }
 
 /// A word of a head, counted over all groups, merged from its splits.
-fn merged(now: &Now<'_>, column: usize, head: usize, word: usize) -> Result<Values, WordFault> {
+fn merged(now: &Now<'_>, column: usize, head: usize, word: usize) -> Result<Values, PhaseFault> {
     let a = &now.shared.program.attention;
     let (group, local) = (head / a.heads, head % a.heads);
     let block = column * blocks(a) + local / a.heads_per_task;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use mirage_compiler::program::{Along, Exchange, Linear, VALUES_PER_WORD};
 
 use super::Shared;
-use super::area::{Values, WordFault};
+use super::area::{PhaseFault, Values};
 use super::cta::{Cta, Now};
 
 /// One CTA's view of a linear's output. A unit is one word's place: six values of one column of one of the producers that
@@ -77,8 +77,12 @@ impl<'a> View<'a> {
         );
         let of_tile = linear.outputs_per_tile();
         let of_pass = linear.pass_rows(rows.count, pass) * of_tile;
-        let begin = rows.begin * of_tile + pass * linear.tiling.pass_tiles * of_tile + within;
-        begin..begin + of_pass.saturating_sub(within).min(VALUES_PER_WORD)
+        let used = of_pass.saturating_sub(within).min(VALUES_PER_WORD);
+        if used == 0 {
+            return 0..0;
+        }
+        let begin = (rows.begin + pass * linear.tiling.pass_tiles) * of_tile + within;
+        begin..begin + used
     }
 
     /// The values of a unit of a column, summed over its partials in the order of the mesh.
@@ -87,7 +91,7 @@ impl<'a> View<'a> {
         unit: usize,
         column: usize,
         epoch: u32,
-    ) -> Result<Values, WordFault> {
+    ) -> Result<Values, PhaseFault> {
         let mesh = &self.shared.mesh;
         let words = self.source.words();
         let (group, member) = self.producer(unit);
@@ -117,7 +121,7 @@ impl Cta {
         now: &Now<'_>,
         exchange: Exchange,
         next: &Linear,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let view = View::new(now, exchange, self);
         let (_, k) = self.slice(now.shared, next);
         for column in 0..now.columns.len() {
@@ -139,7 +143,7 @@ pub(super) fn publish(
     now: &Now<'_>,
     at: usize,
     values: impl ExactSizeIterator<Item = f32>,
-) -> Result<(), WordFault> {
+) -> Result<(), PhaseFault> {
     let words = values.len().div_ceil(VALUES_PER_WORD);
     let mut values = values;
     for word in at..at + words {

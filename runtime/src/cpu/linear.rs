@@ -5,7 +5,7 @@ use mirage_compiler::fuse::Epilogue;
 use mirage_compiler::mesh::Share;
 use mirage_compiler::program::{Linear, TILE, TILE_BYTES};
 
-use super::area::WordFault;
+use super::area::PhaseFault;
 use super::cta::{Cta, Now};
 use super::exchange::publish;
 
@@ -23,7 +23,7 @@ type Sums = [[f32; OF_LANE]; LANES];
 
 impl Cta {
     /// The linear of a worker: all passes, published.
-    pub(super) fn linear(&mut self, now: &Now<'_>, linear: &Linear) -> Result<(), WordFault> {
+    pub(super) fn linear(&mut self, now: &Now<'_>, linear: &Linear) -> Result<(), PhaseFault> {
         let columns = now.columns.len();
         let (rows, k) = self.slice(now.shared, linear);
         let inputs = self.inputs(now, k);
@@ -54,7 +54,7 @@ impl Cta {
     }
 
     /// The LM head: this CTA's logits of all columns, in f32.
-    pub(super) fn head(&mut self, now: &Now<'_>) -> Result<(), WordFault> {
+    pub(super) fn head(&mut self, now: &Now<'_>) -> Result<(), PhaseFault> {
         let program = &now.shared.program;
         let head = &program.head;
         let columns = now.columns.len();
@@ -115,14 +115,14 @@ impl Cta {
         inputs: &[Inputs],
         tiles: usize,
         k_tiles: usize,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let columns = now.columns.len();
         let bytes = tiles * k_tiles * TILE_BYTES;
         let weights = &now.shared.weights;
         let begin = weights.stream_offsets[self.index] as usize;
         let end = weights.stream_offsets[self.index + 1] as usize;
         if begin + self.read + bytes > end {
-            return Err(WordFault::Stream {
+            return Err(PhaseFault::Stream {
                 end: end - begin,
                 wanted: self.read + bytes,
             });

@@ -6,7 +6,7 @@ use mirage_compiler::mesh::share;
 use mirage_compiler::plan::StreamForm;
 use mirage_compiler::program::{Exchange, VALUES_PER_WORD};
 
-use super::area::{Values, WordFault};
+use super::area::{PhaseFault, Values};
 use super::cta::{Cta, Now, Operand, Stream};
 use super::exchange::View;
 
@@ -97,10 +97,10 @@ impl Cta {
         now: &Now<'_>,
         exchange: Exchange,
         operand: &Operand<'_>,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let Stream::Replicated(mut stream) = std::mem::replace(&mut self.stream, Stream::none())
         else {
-            return Ok(());
+            return Err(PhaseFault::Form);
         };
         let view = View::new(now, exchange, self);
         let hidden = now.shared.program.hidden;
@@ -130,7 +130,7 @@ impl Cta {
         now: &Now<'_>,
         exchange: Exchange,
         words_at: usize,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let view = View::new(now, exchange, self);
         let columns = now.columns.len();
         let share = share(
@@ -139,7 +139,7 @@ impl Cta {
             self.index,
         );
         let Stream::Scattered(stream) = &mut self.stream else {
-            return Ok(());
+            return Err(PhaseFault::Form);
         };
         for (index, values) in (share.begin..).zip(stream) {
             let Place { unit, column } = place(&view, columns, index);
@@ -163,7 +163,7 @@ impl Cta {
         exchange: Exchange,
         words_at: usize,
         operand: &Operand<'_>,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let view = View::new(now, exchange, self);
         let columns = now.columns.len();
         self.sum_squares.fill(0.0);
@@ -186,9 +186,9 @@ impl Cta {
         now: &Now<'_>,
         writer: Exchange,
         words_at: usize,
-    ) -> Result<(), WordFault> {
+    ) -> Result<(), PhaseFault> {
         let Stream::Replicated(stream) = &self.stream else {
-            return Ok(());
+            return Err(PhaseFault::Form);
         };
         let view = View::new(now, writer, self);
         let (columns, hidden) = (now.columns.len(), now.shared.program.hidden);

@@ -125,7 +125,7 @@ impl CpuModel {
     }
 
     /// Runs a decode step with sequence `i`, where there is one, at its position in column and slot `i`.
-    fn decode_step(
+    pub(super) fn decode_step(
         &mut self,
         places: impl Iterator<Item = Option<(usize, u32)>>,
     ) -> Result<(), CpuError> {
@@ -169,7 +169,7 @@ impl CpuModel {
     }
 }
 
-fn column_of(column: &PrefillColumn) -> Column {
+pub(super) fn column_of(column: &PrefillColumn) -> Column {
     Column {
         slot: column.slot.map(|slot| slot as usize),
         position: column.position as usize,

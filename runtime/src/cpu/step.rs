@@ -5,7 +5,7 @@ use mirage_compiler::plan::StreamForm;
 use mirage_compiler::program::{Exchange, Linear, Next, Phase, Program, Step};
 use rayon::prelude::*;
 
-use super::area::WordFault;
+use super::area::PhaseFault;
 use super::cta::{Column, Cta, Now, Operand};
 use super::{CpuError, CpuModel};
 
@@ -69,9 +69,12 @@ impl CpuModel {
             layer,
             epoch,
         };
-        let Some((writer, gathered)) = writer_of(step) else {
-            return Ok(());
-        };
+        let (writer, gathered) = writer_of(step).ok_or_else(|| CpuError::Phase {
+            phase: format!("{}, all phases", kind.name()),
+            layer: 0,
+            cta: 0,
+            fault: PhaseFault::Form,
+        })?;
         let workers = shared.mesh.workers();
         let first = &program.linears[0];
         let start = at(0, epoch);
@@ -143,12 +146,12 @@ fn all_lazy(
     now: &Now<'_>,
     kind: Kind,
     phase: &(dyn Fn() -> String + Sync),
-    run: impl Fn(&mut Cta) -> Result<(), WordFault> + Sync,
+    run: impl Fn(&mut Cta) -> Result<(), PhaseFault> + Sync,
 ) -> Result<(), CpuError> {
     let faults: Vec<Option<CpuError>> = ctas
         .par_iter_mut()
         .map(|cta| {
-            run(cta).err().map(|fault| CpuError::Exchange {
+            run(cta).err().map(|fault| CpuError::Phase {
                 phase: format!("{}, {}", kind.name(), phase()),
                 layer: now.layer,
                 cta: cta.index,
@@ -164,7 +167,7 @@ fn all(
     now: &Now<'_>,
     kind: Kind,
     phase: &'static str,
-    run: impl Fn(&mut Cta) -> Result<(), WordFault> + Sync,
+    run: impl Fn(&mut Cta) -> Result<(), PhaseFault> + Sync,
 ) -> Result<(), CpuError> {
     all_lazy(ctas, now, kind, &|| phase.to_owned(), run)
 }
@@ -174,7 +177,7 @@ fn run_phase(
     now: &Now<'_>,
     phase: &Phase,
     cache: &super::KvCache,
-) -> Result<(), WordFault> {
+) -> Result<(), PhaseFault> {
     let program = &now.shared.program;
     match phase {
         Phase::Linear(index) => cta.linear(now, &program.linears[*index]),
