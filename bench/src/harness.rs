@@ -55,16 +55,17 @@ pub struct Measured {
     pub complete: bool,
     /// Id of a prompt and the first side's greedy tokens for it.
     pub sample: Option<(String, Vec<u32>)>,
+    /// What ended the run early, if anything did.
+    pub failure: Option<RunError>,
 }
 
-/// The side that a gate or a run failed on, and why.
+/// The side that failed, and why.
 #[derive(Debug, thiserror::Error)]
-#[error("{side}: {cause}")]
+#[error("{side}: {cause:#}")]
 pub struct RunError {
     /// Label of the side.
     pub side: String,
     /// What it said.
-    #[source]
     pub cause: anyhow::Error,
 }
 
@@ -83,15 +84,9 @@ pub struct Harness<'a> {
 }
 
 impl Harness<'_> {
-    /// Measures all points on all sides; the first side is the one that the others are compared with.
-    ///
-    /// # Errors
-    /// The first failure of a side. Too little memory and Ctrl-C are no failures.
-    pub fn run(
-        &self,
-        sides: &mut [Box<dyn Side + '_>],
-        observer: &mut dyn Observer,
-    ) -> Result<Measured, RunError> {
+    /// Measures all points on all sides; the first side is the one that the others are compared with. Too little memory
+    /// and Ctrl-C are no failures.
+    pub fn run(&self, sides: &mut [Box<dyn Side + '_>], observer: &mut dyn Observer) -> Measured {
         let mut measured = Measured {
             complete: true,
             ..Measured::default()
@@ -103,16 +98,24 @@ impl Harness<'_> {
                     measured.complete = false;
                     break 'all;
                 }
-                let point = self.point(batch, depth, from, sides, observer, &mut measured)?;
+                match self.point(batch, depth, from, sides, observer, &mut measured) {
+                    Ok(point) => {
+                        observer.point_done(&point);
+                        measured.points.push(point);
+                    }
+                    Err(failure) => {
+                        measured.complete = false;
+                        measured.failure = Some(failure);
+                        break 'all;
+                    }
+                }
                 from += batch * (self.schedule.warmup + self.schedule.iterations);
-                observer.point_done(&point);
-                measured.points.push(point);
                 for side in &mut *sides {
                     side.release();
                 }
             }
         }
-        Ok(measured)
+        measured
     }
 
     fn point(
