@@ -20,7 +20,7 @@ use crate::model::{Model, Weights};
 use crate::progress::Progress;
 use crate::prompts::{self, Prompt};
 use crate::report::{format, html, json, markdown, text};
-use crate::results::{Configuration, DeviceKind, PromptFacts, Results, Sample, SCHEMA_VERSION};
+use crate::results::{Configuration, DeviceKind, PromptFacts, Results, SCHEMA_VERSION, Sample};
 use crate::side::{Interrupt, Sampling, Side};
 use crate::sides::cpu::MirageCpu;
 use crate::sides::gpu::{MirageGpu, PerOp, SharedBaseline};
@@ -63,7 +63,11 @@ impl Outcome {
 pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
     outputs::check(&[&args.output_report, &args.output_json, &args.output_html])?;
     let old = args.compare.as_deref().map(read_results).transpose()?;
-    let externals = args.external.iter().map(|file| read_external(file)).collect::<Result<Vec<External>>>()?;
+    let externals = args
+        .external
+        .iter()
+        .map(|file| read_external(file))
+        .collect::<Result<Vec<External>>>()?;
     let (file, bytes) = read_prompts(&args.prompts)?;
     let all = prompts::parse(&bytes, &file)?;
     let chosen = of_categories(&all, &args.categories, &file)?;
@@ -72,7 +76,11 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
     let model = Model::open(&args.model, args.graph.as_deref())?;
 
     let max_tokens = args.max_tokens as usize;
-    let depths: Vec<usize> = args.context_depth.iter().map(|&depth| depth as usize).collect();
+    let depths: Vec<usize> = args
+        .context_depth
+        .iter()
+        .map(|&depth| depth as usize)
+        .collect();
     for depth in &depths {
         if depth + max_tokens > model.facts.context {
             bail!(
@@ -84,11 +92,25 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
     let encode = |text: &str| model.tokenizer.encode(text);
     let workload = Workload::new(&chosen, encode, max_tokens, model.facts.context, args.seed)?;
     if workload.is_empty() {
-        let reason = workload.skipped.first().map_or("", |skipped| &skipped.reason);
-        bail!("none of the prompts fits the model ({reason}); use a smaller --max-tokens or shorter prompts");
+        let reason = workload
+            .skipped
+            .first()
+            .map_or("", |skipped| &skipped.reason);
+        bail!(
+            "none of the prompts fits the model ({reason}); use a smaller --max-tokens or shorter prompts"
+        );
     }
     let schedule = schedule(args, &depths, &model);
-    let mut results = header(args, &model, &file, &bytes, &chosen, &workload, gpu.as_ref(), fallback);
+    let mut results = header(
+        args,
+        &model,
+        &file,
+        &bytes,
+        &chosen,
+        &workload,
+        gpu.as_ref(),
+        fallback,
+    );
     let weights = Weights(&model.checkpoint);
     let mut sides = sides(args, &model, &weights, gpu.as_ref());
     results.sides = sides.iter().map(|side| side.facts()).collect();
@@ -102,32 +124,48 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
     };
     let measured = harness.run(&mut sides, &mut Progress::new(args.verbose));
     device::finish(&mut results.device, probe(gpu.as_ref()).as_ref());
-    let Measured { points, complete, sample, failure } = measured;
+    let Measured {
+        points,
+        complete,
+        sample,
+        failure,
+    } = measured;
     results.points = points;
     results.complete = complete;
     results.sample = sample.and_then(|(id, tokens)| {
         let prompt = all.iter().find(|prompt| prompt.id == id)?;
-        Some(Sample { prompt: prompt.text.clone(), text: model.tokenizer.decode(&tokens).ok()? })
+        Some(Sample {
+            prompt: prompt.text.clone(),
+            text: model.tokenizer.decode(&tokens).ok()?,
+        })
     });
     if let Some(failure) = &failure {
-        results.notes.insert(0, format!("The run ended early: {failure:#}"));
+        results
+            .notes
+            .insert(0, format!("The run ended early: {failure:#}"));
     }
     results.summary = derive::summary(&results);
     for external in &externals {
         external.add_to(&mut results);
     }
-    results.generated = jiff::Zoned::now().strftime("%Y-%m-%dT%H:%M:%S%:z").to_string();
+    results.generated = jiff::Zoned::now()
+        .strftime("%Y-%m-%dT%H:%M:%S%:z")
+        .to_string();
     write(args, &results)?;
     let comparison = old.map(|old| Comparison::new(&old, &results, args.tolerance / 100.0));
     print(args, &results, comparison.as_ref())?;
     if let Some(failure) = failure {
-        return Err(anyhow::Error::new(failure).context("the run ended early; what had been measured was written"));
+        return Err(anyhow::Error::new(failure)
+            .context("the run ended early; what had been measured was written"));
     }
     Ok(outcome(&results, comparison.as_ref()))
 }
 
 fn outcome(results: &Results, comparison: Option<&Comparison>) -> Outcome {
-    let disagree = results.points.iter().any(|point| point.gate.as_ref().is_some_and(|gate| !gate.passed));
+    let disagree = results
+        .points
+        .iter()
+        .any(|point| point.gate.as_ref().is_some_and(|gate| !gate.passed));
     if !results.complete {
         Outcome::Interrupted
     } else if disagree {
@@ -140,12 +178,14 @@ fn outcome(results: &Results, comparison: Option<&Comparison>) -> Outcome {
 }
 
 fn read_results(file: &Path) -> Result<Results> {
-    let text = fs::read_to_string(file).with_context(|| format!("--compare {} cannot be read", file.display()))?;
+    let text = fs::read_to_string(file)
+        .with_context(|| format!("--compare {} cannot be read", file.display()))?;
     Ok(json::read(&text, &file.to_string_lossy())?)
 }
 
 fn read_external(file: &Path) -> Result<External> {
-    let text = fs::read_to_string(file).with_context(|| format!("--external {} cannot be read", file.display()))?;
+    let text = fs::read_to_string(file)
+        .with_context(|| format!("--external {} cannot be read", file.display()))?;
     Ok(external::read(&text, &file.to_string_lossy())?)
 }
 
@@ -153,11 +193,19 @@ fn read_external(file: &Path) -> Result<External> {
 fn read_prompts(path: &Path) -> Result<(String, Vec<u8>)> {
     match fs::read(path) {
         Ok(bytes) => Ok((path.display().to_string(), bytes)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound && path == Path::new(DEFAULT_PROMPTS) => {
-            Ok((format!("{DEFAULT_PROMPTS} (built in)"), BUILT_IN_PROMPTS.to_vec()))
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound && path == Path::new(DEFAULT_PROMPTS) =>
+        {
+            Ok((
+                format!("{DEFAULT_PROMPTS} (built in)"),
+                BUILT_IN_PROMPTS.to_vec(),
+            ))
         }
         Err(error) => {
-            bail!("the prompts {} cannot be read: {error}; without --prompts the built-in ones are used", path.display())
+            bail!(
+                "the prompts {} cannot be read: {error}; without --prompts the built-in ones are used",
+                path.display()
+            )
         }
     }
 }
@@ -192,7 +240,9 @@ fn open_device(choice: DeviceChoice) -> Result<(Option<Gpu>, Option<String>)> {
 fn check_baselines(args: &Args, gpu: bool) -> Result<()> {
     for name in &args.baseline {
         match (name, gpu) {
-            (BaselineName::Reference, true) => bail!("--baseline reference runs on the CPU; add --device cpu"),
+            (BaselineName::Reference, true) => {
+                bail!("--baseline reference runs on the CPU; add --device cpu")
+            }
             (BaselineName::B0 | BaselineName::B1, false) => {
                 bail!("--baseline b0 and b1 need a GPU; on the CPU there is --baseline reference")
             }
@@ -207,19 +257,40 @@ fn schedule(args: &Args, depths: &[usize], model: &Model) -> Schedule {
         [] => vec![None],
         depths => depths.iter().copied().map(Some).collect(),
     };
-    let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
-    let stop_tokens = if args.ignore_eos { Vec::new() } else { model.stop_tokens.clone() };
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        seed: args.seed,
+    };
+    let stop_tokens = if args.ignore_eos {
+        Vec::new()
+    } else {
+        model.stop_tokens.clone()
+    };
     Schedule {
-        batch_sizes: args.batch_sizes.iter().map(|&batch| batch as usize).collect(),
+        batch_sizes: args
+            .batch_sizes
+            .iter()
+            .map(|&batch| batch as usize)
+            .collect(),
         depths,
         warmup: args.num_warmup as usize,
         iterations: args.num_iterations as usize,
-        answer: Answer { max_tokens: args.max_tokens as usize, sampling, stop_tokens },
+        answer: Answer {
+            max_tokens: args.max_tokens as usize,
+            sampling,
+            stop_tokens,
+        },
     }
 }
 
 /// Mirage first, then the baselines from the plainest to the strongest.
-fn sides<'a>(args: &Args, model: &'a Model, weights: &'a Weights<'a>, gpu: Option<&Gpu>) -> Vec<Box<dyn Side + 'a>> {
+fn sides<'a>(
+    args: &Args,
+    model: &'a Model,
+    weights: &'a Weights<'a>,
+    gpu: Option<&Gpu>,
+) -> Vec<Box<dyn Side + 'a>> {
     let mut sides: Vec<Box<dyn Side + 'a>> = Vec::new();
     if !args.skip_mirage {
         sides.push(match gpu {
@@ -240,9 +311,15 @@ fn sides<'a>(args: &Args, model: &'a Model, weights: &'a Weights<'a>, gpu: Optio
     let shared = gpu.map(|gpu| SharedBaseline::new(model, gpu));
     for name in names {
         match (name, &shared) {
-            (BaselineName::B0, Some(shared)) => sides.push(Box::new(PerOp::new(shared, LaunchMode::Eager))),
-            (BaselineName::B1, Some(shared)) => sides.push(Box::new(PerOp::new(shared, LaunchMode::Graph))),
-            (BaselineName::Reference, None) => sides.push(Box::new(PlainReference::new(model, weights))),
+            (BaselineName::B0, Some(shared)) => {
+                sides.push(Box::new(PerOp::new(shared, LaunchMode::Eager)))
+            }
+            (BaselineName::B1, Some(shared)) => {
+                sides.push(Box::new(PerOp::new(shared, LaunchMode::Graph)))
+            }
+            (BaselineName::Reference, None) => {
+                sides.push(Box::new(PlainReference::new(model, weights)))
+            }
             // Refused before: `check_baselines`.
             (BaselineName::B0 | BaselineName::B1, None) | (BaselineName::Reference, Some(_)) => {}
         }
@@ -253,13 +330,18 @@ fn sides<'a>(args: &Args, model: &'a Model, weights: &'a Weights<'a>, gpu: Optio
 fn probe(gpu: Option<&Gpu>) -> Box<dyn Probe> {
     match gpu {
         // CUDA's first visible GPU need not be the driver's first.
-        Some(_) => Box::new(NvidiaSmi { id: first_visible(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()) }),
+        Some(_) => Box::new(NvidiaSmi {
+            id: first_visible(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()),
+        }),
         None => Box::new(NoGpu),
     }
 }
 
 fn first_visible(variable: Option<&str>) -> String {
-    let first = variable.and_then(|list| list.split(',').next()).map(str::trim).filter(|first| !first.is_empty());
+    let first = variable
+        .and_then(|list| list.split(',').next())
+        .map(str::trim)
+        .filter(|first| !first.is_empty());
     first.unwrap_or("0").to_owned()
 }
 
@@ -275,7 +357,11 @@ fn header(
     gpu: Option<&Gpu>,
     fallback: Option<String>,
 ) -> Results {
-    let kind = if gpu.is_some() { DeviceKind::Cuda } else { DeviceKind::Cpu };
+    let kind = if gpu.is_some() {
+        DeviceKind::Cuda
+    } else {
+        DeviceKind::Cpu
+    };
     let mut facts = device::facts(kind, probe(gpu).as_ref());
     if let Some(gpu) = gpu {
         facts.name = gpu.name().to_owned();
@@ -285,7 +371,7 @@ fn header(
         generator: format!("mirage-bench {}", env!("CARGO_PKG_VERSION")),
         generated: String::new(),
         complete: false,
-        notes: notes(&facts.kind, fallback, model),
+        notes: notes(facts.kind, fallback),
         device: facts,
         model: model.facts.clone(),
         configuration: Configuration {
@@ -294,8 +380,16 @@ fn header(
             top_p: args.top_p,
             num_warmup: args.num_warmup as usize,
             num_iterations: args.num_iterations as usize,
-            batch_sizes: args.batch_sizes.iter().map(|&batch| batch as usize).collect(),
-            context_depths: args.context_depth.iter().map(|&depth| depth as usize).collect(),
+            batch_sizes: args
+                .batch_sizes
+                .iter()
+                .map(|&batch| batch as usize)
+                .collect(),
+            context_depths: args
+                .context_depth
+                .iter()
+                .map(|&depth| depth as usize)
+                .collect(),
             seed: args.seed,
             ignore_eos: args.ignore_eos,
         },
@@ -313,7 +407,7 @@ fn header(
 }
 
 /// What a reader must know.
-fn notes(kind: &DeviceKind, fallback: Option<String>, model: &Model) -> Vec<String> {
+fn notes(kind: DeviceKind, fallback: Option<String>) -> Vec<String> {
     let mut notes = Vec::new();
     if let Some(reason) = fallback {
         notes.push(format!("No GPU was used: {reason}."));
@@ -336,12 +430,12 @@ fn notes(kind: &DeviceKind, fallback: Option<String>, model: &Model) -> Vec<Stri
                 .to_owned(),
         ),
     }
-    notes.push(format!(
+    notes.push(
         "Every iteration takes the next prompts of the file, the same on all sides, so the standard deviation holds the \
-         prompts' variety; speedups are ratios of sums over paired iterations, with 95 % bootstrap intervals. {} tokens \
-         are the model's vocabulary. Prefill is part of the latency; TPOT and ITL are without it.",
-        format::count(model.facts.vocabulary as u64)
-    ));
+         prompts' variety; speedups are ratios of sums over paired iterations, with 95 % bootstrap intervals. Prefill is \
+         part of the latency; TPOT and ITL are without it."
+            .to_owned(),
+    );
     notes
 }
 
@@ -356,12 +450,23 @@ fn print(args: &Args, results: &Results, comparison: Option<&Comparison>) -> Res
     let mut out = markdown::table(results);
     out.push('\n');
     if let Some(sample) = &results.sample {
-        let (prompt, text) = (format::one_line(&sample.prompt, 60), format::one_line(&sample.text, 200));
+        let (prompt, text) = (
+            format::one_line(&sample.prompt, 60),
+            format::one_line(&sample.text, 200),
+        );
         out.push_str(&format!("Sample: {prompt} ⟶ {text}\n"));
     }
-    for gate in results.points.iter().filter_map(|point| point.gate.as_ref().map(|gate| (point, gate))) {
+    for gate in results
+        .points
+        .iter()
+        .filter_map(|point| point.gate.as_ref().map(|gate| (point, gate)))
+    {
         for comparison in &gate.1.comparisons {
-            let verdict = if comparison.passed { "agree" } else { "DO NOT AGREE" };
+            let verdict = if comparison.passed {
+                "agree"
+            } else {
+                "DO NOT AGREE"
+            };
             out.push_str(&format!(
                 "Batch {}: mirage and {} {verdict} ({} of {} greedy texts identical, logits within {:.2} %)\n",
                 format::point_name(gate.0).to_lowercase(),
@@ -378,11 +483,21 @@ fn print(args: &Args, results: &Results, comparison: Option<&Comparison>) -> Res
     if let (Some(comparison), Some(file)) = (comparison, &args.compare) {
         out.push_str(&comparison.to_text(&file.display().to_string()));
     }
-    let files = [&args.output_report, &args.output_json, &args.output_html].map(|file| file.display().to_string());
-    out.push_str(&format!("Wrote {}\n{}\n", files.join(", "), format::verdict(results)));
-    match io::stdout().write_all(out.as_bytes()).and_then(|()| io::stdout().flush()) {
+    let files = [&args.output_report, &args.output_json, &args.output_html]
+        .map(|file| file.display().to_string());
+    out.push_str(&format!(
+        "Wrote {}\n{}\n",
+        files.join(", "),
+        format::verdict(results)
+    ));
+    match io::stdout()
+        .write_all(out.as_bytes())
+        .and_then(|()| io::stdout().flush())
+    {
         // A reader that went away has what it wanted.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("stdout cannot be written"),
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("stdout cannot be written")
+        }
         _ => Ok(()),
     }
 }

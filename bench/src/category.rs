@@ -32,21 +32,35 @@ struct Sums {
 /// One row for every category that was measured, in order of their names.
 pub fn table(results: &Results) -> Vec<Row> {
     let mirage = results.sides.iter().find(|side| side.role == Role::Mirage);
-    let Some(ours) = mirage.or(results.sides.first()) else { return Vec::new() };
-    let headline = results.headline().filter(|other| other.role == Role::Baseline && other.key != ours.key);
+    let Some(ours) = mirage.or(results.sides.first()) else {
+        return Vec::new();
+    };
+    let headline = results
+        .headline()
+        .filter(|other| other.role == Role::Baseline && other.key != ours.key);
     let mut sums: std::collections::BTreeMap<&str, Sums> = std::collections::BTreeMap::new();
     for point in &results.points {
-        let Some(numbers) = point.side(&ours.key) else { continue };
+        let Some(numbers) = point.side(&ours.key) else {
+            continue;
+        };
         let comparable = headline.filter(|other| point.speedup(&other.key).is_some());
         let theirs = comparable.and_then(|other| point.side(&other.key));
         for row in &numbers.categories {
             let first = !sums.contains_key(row.category.as_str());
             let sum = sums.entry(&row.category).or_default();
             let weight = row.sequences as f64;
-            let their = theirs.and_then(|side| side.categories.iter().find(|other| other.category == row.category));
+            let their = theirs.and_then(|side| {
+                side.categories
+                    .iter()
+                    .find(|other| other.category == row.category)
+            });
             let their = their.map(|other| other.latency_ms * weight);
             // One point without a comparison would make the ratio one of different work.
-            sum.theirs = if first { their } else { sum.theirs.zip(their).map(|(a, b)| a + b) };
+            sum.theirs = if first {
+                their
+            } else {
+                sum.theirs.zip(their).map(|(a, b)| a + b)
+            };
             sum.sequences += weight;
             sum.prompt_tokens += row.mean_prompt_tokens * weight;
             sum.ttft += row.ttft_ms * weight;

@@ -155,20 +155,34 @@ pub enum BaselineName {
 
 fn temperature(text: &str) -> Result<f32, String> {
     let temperature = text.parse().map_err(|_| "it is not a number".to_owned())?;
-    let params = SamplingParams { temperature, ..SamplingParams::default() };
-    params.validate().map(|()| temperature).map_err(|error| error.to_string())
+    let params = SamplingParams {
+        temperature,
+        ..SamplingParams::default()
+    };
+    params
+        .validate()
+        .map(|()| temperature)
+        .map_err(|error| error.to_string())
 }
 
 fn top_p(text: &str) -> Result<f32, String> {
     let top_p = text.parse().map_err(|_| "it is not a number".to_owned())?;
-    let params = SamplingParams { top_p, ..SamplingParams::default() };
-    params.validate().map(|()| top_p).map_err(|error| error.to_string())
+    let params = SamplingParams {
+        top_p,
+        ..SamplingParams::default()
+    };
+    params
+        .validate()
+        .map(|()| top_p)
+        .map_err(|error| error.to_string())
 }
 
 fn tolerance(text: &str) -> Result<f64, String> {
     let percent: f64 = text.parse().map_err(|_| "it is not a number".to_owned())?;
     let valid = (0.0..100.0).contains(&percent);
-    valid.then_some(percent).ok_or_else(|| "it must be from 0 to below 100".to_owned())
+    valid
+        .then_some(percent)
+        .ok_or_else(|| "it must be from 0 to below 100".to_owned())
 }
 
 #[cfg(test)]
@@ -186,7 +200,10 @@ mod tests {
         let args = parse("").expect("no flags are needed");
         assert_eq!(args.model, "Qwen/Qwen3-0.6B");
         assert_eq!(args.prompts.to_str(), Some("test_prompts.txt"));
-        assert_eq!((args.max_tokens, args.temperature, args.top_p), (50, 0.8, 0.95));
+        assert_eq!(
+            (args.max_tokens, args.temperature, args.top_p),
+            (50, 0.8, 0.95)
+        );
         assert_eq!((args.num_warmup, args.num_iterations), (5, 5));
         assert_eq!(args.batch_sizes, [1, 2, 4, 8]);
         assert!(!args.skip_baseline && !args.skip_mirage && !args.verbose);
@@ -203,14 +220,25 @@ mod tests {
         );
         let args = args.expect("the guide's own example");
         assert_eq!(args.batch_sizes, [1, 4, 8, 16]);
-        assert_eq!((args.max_tokens, args.num_warmup, args.verbose), (100, 10, true));
+        assert_eq!(
+            (args.max_tokens, args.num_warmup, args.verbose),
+            (100, 10, true)
+        );
     }
 
     #[test]
     fn ignoring_eos_is_said_three_ways() {
         assert!(parse("--ignore-eos").expect("bare").ignore_eos);
-        assert!(parse("--ignore-eos=true --verbose").expect("with a value").ignore_eos);
-        assert!(!parse("--ignore-eos=false").expect("with a value").ignore_eos);
+        assert!(
+            parse("--ignore-eos=true --verbose")
+                .expect("with a value")
+                .ignore_eos
+        );
+        assert!(
+            !parse("--ignore-eos=false")
+                .expect("with a value")
+                .ignore_eos
+        );
     }
 
     #[test]

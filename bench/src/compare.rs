@@ -66,28 +66,53 @@ impl Comparison {
         same("--ignore-eos", &a.ignore_eos, &b.ignore_eos);
         let mut lines = Vec::new();
         for point in &new.points {
-            let same_point = |other: &&Point| (other.batch, other.context_depth) == (point.batch, point.context_depth);
-            let Some(before) = old.points.iter().find(same_point) else { continue };
+            let same_point = |other: &&Point| {
+                (other.batch, other.context_depth) == (point.batch, point.context_depth)
+            };
+            let Some(before) = old.points.iter().find(same_point) else {
+                continue;
+            };
             for side in &point.sides {
-                let Some(earlier) = before.side(&side.side) else { continue };
-                let Some(latency) = ratio(side, earlier) else { continue };
+                let Some(earlier) = before.side(&side.side) else {
+                    continue;
+                };
+                let Some(latency) = ratio(side, earlier) else {
+                    continue;
+                };
                 let change = change(&latency, tolerance);
-                lines.push(Line { side: side.side.clone(), batch: point.batch, context_depth: point.context_depth, latency, change });
+                lines.push(Line {
+                    side: side.side.clone(),
+                    batch: point.batch,
+                    context_depth: point.context_depth,
+                    latency,
+                    change,
+                });
             }
         }
-        let counted = new.sides.iter().filter(|side| side.role == Role::Mirage).map(|side| side.key.clone()).collect();
-        Comparison { differences, lines, counted }
+        let counted = new
+            .sides
+            .iter()
+            .filter(|side| side.role == Role::Mirage)
+            .map(|side| side.key.clone())
+            .collect();
+        Comparison {
+            differences,
+            lines,
+            counted,
+        }
     }
 
     /// Whether mirage became slower somewhere, in runs that can be compared.
     pub fn regressed(&self) -> bool {
-        let slower = |line: &&Line| line.change == Change::Slower && self.counted.contains(&line.side);
+        let slower =
+            |line: &&Line| line.change == Change::Slower && self.counted.contains(&line.side);
         self.differences.is_empty() && self.lines.iter().any(|line| slower(&line))
     }
 
     /// For the terminal.
     pub fn to_text(&self, old: &str) -> String {
-        let mut out = format!("Compared with {old} (latency now over latency then; above 1 is slower):\n");
+        let mut out =
+            format!("Compared with {old} (latency now over latency then; above 1 is slower):\n");
         // Writing to a String cannot fail.
         for difference in &self.differences {
             let _ = writeln!(out, "  NOT COMPARABLE, {difference}");
@@ -96,14 +121,22 @@ impl Comparison {
             out.push_str("  the two have no side and batch size in common\n");
         }
         for line in &self.lines {
-            let depth = line.context_depth.map_or(String::new(), |depth| format!(", depth {depth}"));
-            let interval = line.latency.interval.map_or(String::new(), |(low, high)| format!(" [{low:.3}, {high:.3}]"));
+            let depth = line
+                .context_depth
+                .map_or(String::new(), |depth| format!(", depth {depth}"));
+            let interval = line.latency.interval.map_or(String::new(), |(low, high)| {
+                format!(" [{low:.3}, {high:.3}]")
+            });
             let word = match line.change {
                 Change::Slower => "SLOWER",
                 Change::Faster => "faster",
                 Change::Same => "no change shown",
             };
-            let _ = writeln!(out, "  {:<10} batch {}{depth}: {:.3}{interval} {word}", line.side, line.batch, line.latency.value);
+            let _ = writeln!(
+                out,
+                "  {:<10} batch {}{depth}: {:.3}{interval} {word}",
+                line.side, line.batch, line.latency.value
+            );
         }
         out
     }
@@ -112,9 +145,19 @@ impl Comparison {
 /// New over old. Iterations of the same prompts are compared pair by pair, which cancels the prompts' lengths.
 fn ratio(new: &SidePoint, old: &SidePoint) -> Option<Estimate> {
     let work = |side: &SidePoint| -> Vec<Vec<String>> {
-        side.iterations.iter().map(|row| row.sequences.iter().map(|sequence| sequence.prompt.clone()).collect()).collect()
+        side.iterations
+            .iter()
+            .map(|row| {
+                row.sequences
+                    .iter()
+                    .map(|sequence| sequence.prompt.clone())
+                    .collect()
+            })
+            .collect()
     };
-    let times = |side: &SidePoint| -> Vec<f64> { side.iterations.iter().map(|row| row.latency_ms).collect() };
+    let times = |side: &SidePoint| -> Vec<f64> {
+        side.iterations.iter().map(|row| row.latency_ms).collect()
+    };
     if work(new) == work(old) {
         Pairs(times(new).into_iter().zip(times(old)).collect()).ratio_of_sums()
     } else {

@@ -52,18 +52,26 @@ pub struct NvidiaSmi {
 }
 
 const FACTS: &str = "name,driver_version,memory.total";
-const STATE: &str = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu,clocks_event_reasons.active";
+const STATE: &str =
+    "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu,clocks_event_reasons.active";
 /// What older drivers call the last field.
 const STATE_BEFORE_R535: &str = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu,clocks_throttle_reasons.active";
 
 impl NvidiaSmi {
     fn query(&self, fields: &str) -> Option<Vec<Option<String>>> {
         let output = Command::new("nvidia-smi")
-            .args(["--format=csv,noheader,nounits", &format!("--query-gpu={fields}"), &format!("--id={}", self.id)])
+            .args([
+                "--format=csv,noheader,nounits",
+                &format!("--query-gpu={fields}"),
+                &format!("--id={}", self.id),
+            ])
             .output()
             .ok()
             .filter(|output| output.status.success())?;
-        parse_csv(&String::from_utf8(output.stdout).ok()?, fields.split(',').count())
+        parse_csv(
+            &String::from_utf8(output.stdout).ok()?,
+            fields.split(',').count(),
+        )
     }
 }
 
@@ -78,7 +86,9 @@ impl Probe for NvidiaSmi {
     }
 
     fn state(&self) -> Option<DeviceState> {
-        let fields = self.query(STATE).or_else(|| self.query(STATE_BEFORE_R535))?;
+        let fields = self
+            .query(STATE)
+            .or_else(|| self.query(STATE_BEFORE_R535))?;
         Some(state_of(&fields))
     }
 }
@@ -90,7 +100,10 @@ fn parse_csv(text: &str, count: usize) -> Option<Vec<Option<String>>> {
         .next()?
         .split(',')
         .map(str::trim)
-        .map(|field| (!field.is_empty() && !field.starts_with('[') && field != "N/A").then(|| field.to_owned()))
+        .map(|field| {
+            (!field.is_empty() && !field.starts_with('[') && field != "N/A")
+                .then(|| field.to_owned())
+        })
         .collect();
     (fields.len() == count).then_some(fields)
 }
@@ -110,7 +123,8 @@ fn state_of(fields: &[Option<String>]) -> DeviceState {
 /// The facts of a device before anything is measured.
 pub fn facts(kind: DeviceKind, probe: &dyn Probe) -> DeviceFacts {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let host_cpu = cpu_name(&cpuinfo).unwrap_or_else(|| format!("an {} processor", std::env::consts::ARCH));
+    let host_cpu =
+        cpu_name(&cpuinfo).unwrap_or_else(|| format!("an {} processor", std::env::consts::ARCH));
     let gpu = match kind {
         DeviceKind::Cuda => probe.gpu(),
         DeviceKind::Cpu => None,
@@ -129,7 +143,11 @@ pub fn facts(kind: DeviceKind, probe: &dyn Probe) -> DeviceFacts {
         host_threads: available_parallelism().map_or(1, usize::from),
         os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         bandwidth_gb_s: None,
-        before: if kind == DeviceKind::Cuda { probe.state() } else { None },
+        before: if kind == DeviceKind::Cuda {
+            probe.state()
+        } else {
+            None
+        },
         after: None,
         warnings: Vec::new(),
     }
@@ -140,37 +158,51 @@ pub fn finish(facts: &mut DeviceFacts, probe: &dyn Probe) {
     if facts.kind == DeviceKind::Cuda {
         facts.after = probe.state();
     }
-    facts.warnings.extend(warnings(facts.before.as_ref(), facts.after.as_ref()));
+    facts
+        .warnings
+        .extend(warnings(facts.before.as_ref(), facts.after.as_ref()));
 }
 
 fn cpu_name(cpuinfo: &str) -> Option<String> {
-    let line = cpuinfo.lines().find(|line| line.starts_with("model name") || line.starts_with("Model"))?;
+    let line = cpuinfo
+        .lines()
+        .find(|line| line.starts_with("model name") || line.starts_with("Model"))?;
     let name = line.split_once(':')?.1.trim();
     (!name.is_empty()).then(|| name.to_owned())
 }
 
 fn warnings(before: Option<&DeviceState>, after: Option<&DeviceState>) -> Vec<String> {
     let mut warnings = Vec::new();
-    let (Some(before), Some(after)) = (before, after) else { return warnings };
+    let (Some(before), Some(after)) = (before, after) else {
+        return warnings;
+    };
     // The SM clock is idle before the run; the memory clock of a data centre GPU does not move.
     if let (Some(was), Some(is)) = (before.memory_clock_mhz, after.memory_clock_mhz) {
         if (is - was).abs() > CLOCK_TOLERANCE * was {
-            warnings.push(format!("the memory clock moved from {was:.0} to {is:.0} MHz during the run"));
+            warnings.push(format!(
+                "the memory clock moved from {was:.0} to {is:.0} MHz during the run"
+            ));
         }
     }
     if let (Some(was), Some(is)) = (before.sm_clock_mhz, after.sm_clock_mhz) {
         if (is - was).abs() > CLOCK_TOLERANCE * was {
-            warnings.push(format!("the SM clock moved from {was:.0} to {is:.0} MHz between start and end"));
+            warnings.push(format!(
+                "the SM clock moved from {was:.0} to {is:.0} MHz between start and end"
+            ));
         }
     }
     if let Some(reasons) = &after.throttle_reasons {
         let bits = u64::from_str_radix(reasons.trim_start_matches("0x"), 16).unwrap_or(0);
         if bits & !HARMLESS_REASONS != 0 {
-            warnings.push(format!("clocks are held down (reasons {reasons}): power, heat or hardware"));
+            warnings.push(format!(
+                "clocks are held down (reasons {reasons}): power, heat or hardware"
+            ));
         }
     }
     if let Some(used) = before.utilization_percent.filter(|used| *used > 5.0) {
-        warnings.push(format!("the GPU was {used:.0} % in use before the run; close other GPU processes"));
+        warnings.push(format!(
+            "the GPU was {used:.0} % in use before the run; close other GPU processes"
+        ));
     }
     warnings
 }
@@ -181,10 +213,17 @@ mod tests {
 
     #[test]
     fn nvidia_smi_lines() {
-        let fields = parse_csv("1980, 2619, 41, 123.45, 0, 0x0000000000000001\n", 6).expect("six fields");
+        let fields =
+            parse_csv("1980, 2619, 41, 123.45, 0, 0x0000000000000001\n", 6).expect("six fields");
         let state = state_of(&fields);
-        assert_eq!((state.sm_clock_mhz, state.power_w), (Some(1980.0), Some(123.45)));
-        assert_eq!(state.throttle_reasons.as_deref(), Some("0x0000000000000001"));
+        assert_eq!(
+            (state.sm_clock_mhz, state.power_w),
+            (Some(1980.0), Some(123.45))
+        );
+        assert_eq!(
+            state.throttle_reasons.as_deref(),
+            Some("0x0000000000000001")
+        );
         let fields = parse_csv("NVIDIA X, [N/A], [Not Supported]", 3).expect("three fields");
         assert_eq!(fields, [Some("NVIDIA X".to_owned()), None, None]);
         assert_eq!(parse_csv("", 3), None);
@@ -200,18 +239,38 @@ mod tests {
             ..DeviceState::default()
         };
         let check = |before, after| warnings(Some(&before), Some(&after)).len();
-        assert_eq!(check(state(1980.0, "0x0", 0.0), state(1975.0, "0x1", 0.0)), 0);
-        assert_eq!(check(state(1980.0, "0x0", 0.0), state(1500.0, "0x0", 0.0)), 1);
-        assert_eq!(check(state(1980.0, "0x0", 0.0), state(1980.0, "0x0000000000000004", 0.0)), 1);
-        assert_eq!(check(state(1980.0, "0x0", 60.0), state(1980.0, "0x0", 0.0)), 1);
+        assert_eq!(
+            check(state(1980.0, "0x0", 0.0), state(1975.0, "0x1", 0.0)),
+            0
+        );
+        assert_eq!(
+            check(state(1980.0, "0x0", 0.0), state(1500.0, "0x0", 0.0)),
+            1
+        );
+        assert_eq!(
+            check(
+                state(1980.0, "0x0", 0.0),
+                state(1980.0, "0x0000000000000004", 0.0)
+            ),
+            1
+        );
+        assert_eq!(
+            check(state(1980.0, "0x0", 60.0), state(1980.0, "0x0", 0.0)),
+            1
+        );
         assert!(warnings(None, None).is_empty());
     }
 
     #[test]
     fn processors_have_names() {
-        assert_eq!(cpu_name("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n").as_deref(), Some("Some CPU @ 2 GHz"));
+        assert_eq!(
+            cpu_name("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n").as_deref(),
+            Some("Some CPU @ 2 GHz")
+        );
         assert_eq!(cpu_name(""), None);
         let facts = facts(DeviceKind::Cpu, &NoGpu);
-        assert!(facts.name.starts_with("CPU: ") && facts.host_threads >= 1 && facts.before.is_none());
+        assert!(
+            facts.name.starts_with("CPU: ") && facts.host_threads >= 1 && facts.before.is_none()
+        );
     }
 }

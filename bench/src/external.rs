@@ -69,9 +69,12 @@ pub struct ExternalError {
 /// # Errors
 /// Anything but the format above, or times that are not positive.
 pub fn read(text: &str, file: &str) -> Result<External, ExternalError> {
-    let error = |message: String| ExternalError { file: file.to_owned(), message };
-    let external: External =
-        serde_json::from_str(text).map_err(|json| error(format!("not in the format of external results ({json})")))?;
+    let error = |message: String| ExternalError {
+        file: file.to_owned(),
+        message,
+    };
+    let external: External = serde_json::from_str(text)
+        .map_err(|json| error(format!("not in the format of external results ({json})")))?;
     if external.format != "mirage-external" || external.version != VERSION {
         return Err(error(format!(
             "the format is \"{}\", version {}, but \"mirage-external\", version {VERSION}, is read",
@@ -81,8 +84,15 @@ pub fn read(text: &str, file: &str) -> Result<External, ExternalError> {
     for point in &external.points {
         for row in &point.iterations {
             let positive = row.latency_ms.is_finite() && row.latency_ms > 0.0 && row.tokens > 0;
-            if !positive || row.ttft_ms.is_some_and(|time| !time.is_finite() || time <= 0.0) {
-                return Err(error(format!("batch {}: times and tokens must be positive", point.batch)));
+            if !positive
+                || row
+                    .ttft_ms
+                    .is_some_and(|time| !time.is_finite() || time <= 0.0)
+            {
+                return Err(error(format!(
+                    "batch {}: times and tokens must be positive",
+                    point.batch
+                )));
             }
         }
     }
@@ -93,22 +103,42 @@ impl External {
     /// Puts the numbers into the report, next to mirage's at the same batch size and depth. Points that mirage was not
     /// measured at are left out.
     pub fn add_to(&self, results: &mut Results) {
-        let number = results.sides.iter().filter(|side| side.role == Role::External).count() + 1;
+        let number = results
+            .sides
+            .iter()
+            .filter(|side| side.role == Role::External)
+            .count()
+            + 1;
         let key = format!("external{number}");
-        let mut about = format!("{} on {}", self.description, self.device).trim().to_owned();
+        let mut about = format!("{} on {}", self.description, self.device)
+            .trim()
+            .to_owned();
         if self.device != results.device.name {
             about.push_str(&format!(" (this run: {})", results.device.name));
         }
-        let facts = SideFacts { key: key.clone(), label: self.engine.clone(), description: about, role: Role::External };
+        let facts = SideFacts {
+            key: key.clone(),
+            label: self.engine.clone(),
+            description: about,
+            role: Role::External,
+        };
         results.sides.push(facts);
-        let mirage = results.sides.iter().find(|side| side.role == Role::Mirage).map(|side| side.key.clone());
+        let mirage = results
+            .sides
+            .iter()
+            .find(|side| side.role == Role::Mirage)
+            .map(|side| side.key.clone());
         for theirs in &self.points {
-            let point = results
-                .points
-                .iter_mut()
-                .find(|point| (point.batch, point.context_depth) == (theirs.batch, theirs.context_depth));
-            let Some((point, numbers)) = point.zip(theirs.side_point(&key)) else { continue };
-            let ours = mirage.as_deref().and_then(|mirage| point.side(mirage)).cloned();
+            let point = results.points.iter_mut().find(|point| {
+                (point.batch, point.context_depth) == (theirs.batch, theirs.context_depth)
+            });
+            let Some((point, numbers)) = point.zip(theirs.side_point(&key)) else {
+                continue;
+            };
+            let ours = mirage
+                .as_deref()
+                .and_then(|mirage| point.side(mirage))
+                .cloned();
             if let Some(speedup) = ours.and_then(|ours| unpaired(&ours, &numbers)) {
                 point.speedups.push(speedup);
             }
@@ -135,8 +165,13 @@ impl ExternalPoint {
                 sequences: Vec::new(),
             })
             .collect();
-        let first: Vec<f64> = self.iterations.iter().filter_map(|row| row.ttft_ms).collect();
-        let mut numbers = derive::side_point(key, Setup::default(), iterations, &[], None, &str::to_owned)?;
+        let first: Vec<f64> = self
+            .iterations
+            .iter()
+            .filter_map(|row| row.ttft_ms)
+            .collect();
+        let mut numbers =
+            derive::side_point(key, Setup::default(), iterations, &[], None, &str::to_owned)?;
         numbers.ttft_ms = Summary::of(&first);
         Some(numbers)
     }
@@ -144,20 +179,40 @@ impl ExternalPoint {
 
 /// Mirage against numbers that were measured apart.
 fn unpaired(ours: &SidePoint, theirs: &SidePoint) -> Option<Speedup> {
-    let of = |side: &SidePoint, value: &dyn Fn(&Iteration) -> f64| side.iterations.iter().map(value).collect::<Vec<_>>();
+    let of = |side: &SidePoint, value: &dyn Fn(&Iteration) -> f64| {
+        side.iterations.iter().map(value).collect::<Vec<_>>()
+    };
     Some(Speedup {
         against: theirs.side.clone(),
-        latency: ratio_of_means(&of(theirs, &|row| row.latency_ms), &of(ours, &|row| row.latency_ms))?,
-        throughput: ratio_of_means(&of(ours, &|row| row.throughput), &of(theirs, &|row| row.throughput))?,
+        latency: ratio_of_means(
+            &of(theirs, &|row| row.latency_ms),
+            &of(ours, &|row| row.latency_ms),
+        )?,
+        throughput: ratio_of_means(
+            &of(ours, &|row| row.throughput),
+            &of(theirs, &|row| row.throughput),
+        )?,
         device: None,
     })
 }
 
 fn summary(results: &Results, key: &str) -> Option<SummaryRow> {
-    let speedups: Vec<&Speedup> = results.points.iter().filter_map(|point| point.speedup(key)).collect();
+    let speedups: Vec<&Speedup> = results
+        .points
+        .iter()
+        .filter_map(|point| point.speedup(key))
+        .collect();
     let mean = |of: &dyn Fn(&Speedup) -> f64| {
-        let value = geometric_mean(&speedups.iter().map(|speedup| of(speedup)).collect::<Vec<_>>())?;
-        Some(Estimate { value, interval: None })
+        let value = geometric_mean(
+            &speedups
+                .iter()
+                .map(|speedup| of(speedup))
+                .collect::<Vec<_>>(),
+        )?;
+        Some(Estimate {
+            value,
+            interval: None,
+        })
     };
     Some(SummaryRow {
         against: key.to_owned(),

@@ -19,9 +19,14 @@ fn main() -> ExitCode {
         }
         asked.set();
         // If stderr is gone there is nobody left to tell.
-        let _ = writeln!(std::io::stderr(), "interrupted: writing what was measured; press Ctrl-C again to leave at once");
+        let _ = writeln!(
+            std::io::stderr(),
+            "interrupted: writing what was measured; press Ctrl-C again to leave at once"
+        );
     });
-    let outcome = handler.map_err(anyhow::Error::new).and_then(|()| app::run(&args, &interrupt));
+    let outcome = handler
+        .map_err(anyhow::Error::new)
+        .and_then(|()| app::run(&args, &interrupt));
     match outcome {
         Ok(outcome) => ExitCode::from(outcome.code()),
         Err(error) => {

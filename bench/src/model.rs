@@ -19,8 +19,16 @@ use crate::results::ModelFacts;
 
 /// Graphs that come with the program, by `model_type` of a config.json.
 const GRAPHS: [(&str, &str, &str); 2] = [
-    ("qwen3", "graphs/qwen3.ron", include_str!("../../graphs/qwen3.ron")),
-    ("llama", "graphs/llama3.ron", include_str!("../../graphs/llama3.ron")),
+    (
+        "qwen3",
+        "graphs/qwen3.ron",
+        include_str!("../../graphs/qwen3.ron"),
+    ),
+    (
+        "llama",
+        "graphs/llama3.ron",
+        include_str!("../../graphs/llama3.ron"),
+    ),
 ];
 
 /// Context of a model whose config.json does not name one.
@@ -55,7 +63,10 @@ impl Model {
     /// # Errors
     /// What is missing or wrong, and how to get it.
     pub fn open(name: &str, graph: Option<&Path>) -> Result<Model> {
-        let dir = find(name, &hub_caches(|variable| std::env::var_os(variable).map(PathBuf::from)))?;
+        let dir = find(
+            name,
+            &hub_caches(|variable| std::env::var_os(variable).map(PathBuf::from)),
+        )?;
         let checkpoint = Checkpoint::open(&dir)?;
         let tokenizer = Tokenizer::open(&dir)?;
         let stop_tokens = stop_tokens(&dir, checkpoint.config())?;
@@ -65,13 +76,26 @@ impl Model {
                     .with_context(|| format!("the graph {} cannot be read", path.display()))?;
                 (path.display().to_string(), text)
             }
-            None => built_in_graph(checkpoint.config().get("model_type").and_then(|value| value.as_str()), &dir)?,
+            None => built_in_graph(
+                checkpoint
+                    .config()
+                    .get("model_type")
+                    .and_then(|value| value.as_str()),
+                &dir,
+            )?,
         };
         let file = dir.join("config.json");
-        let text = std::fs::read_to_string(&file).with_context(|| format!("{} cannot be read", file.display()))?;
+        let text = std::fs::read_to_string(&file)
+            .with_context(|| format!("{} cannot be read", file.display()))?;
         let config = ModelConfig::parse(&text, &file.to_string_lossy())?;
         let typed = TypedGraph::new(&Graph::parse(&graph_text, &graph_name)?, &config)?;
-        let facts = facts(name, &checkpoint, &typed, &graph_text, tokenizer.vocabulary());
+        let facts = facts(
+            name,
+            &checkpoint,
+            &typed,
+            &graph_text,
+            tokenizer.vocabulary(),
+        );
         Ok(Model {
             name: name.to_owned(),
             checkpoint,
@@ -100,8 +124,19 @@ fn built_in_graph(model_type: Option<&str>, dir: &Path) -> Result<(String, Strin
     Ok(((*name).to_owned(), (*text).to_owned()))
 }
 
-fn facts(name: &str, checkpoint: &Checkpoint, typed: &TypedGraph, graph: &str, tokens: usize) -> ModelFacts {
-    let number = |key: &str| checkpoint.config().get(key).and_then(serde_json::Value::as_u64);
+fn facts(
+    name: &str,
+    checkpoint: &Checkpoint,
+    typed: &TypedGraph,
+    graph: &str,
+    tokens: usize,
+) -> ModelFacts {
+    let number = |key: &str| {
+        checkpoint
+            .config()
+            .get(key)
+            .and_then(serde_json::Value::as_u64)
+    };
     let at = |context| typed.cost(Load { tokens: 1, context });
     ModelFacts {
         name: name.to_owned(),
@@ -129,17 +164,29 @@ fn find(name: &str, caches: &[PathBuf]) -> Result<PathBuf> {
         );
     }
     let Some(repository) = repository(name) else {
-        bail!("--model {name}: there is no such folder; give a checkpoint's folder, or an id such as Qwen/Qwen3-0.6B");
+        bail!(
+            "--model {name}: there is no such folder; give a checkpoint's folder, or an id such as Qwen/Qwen3-0.6B"
+        );
     };
-    if let Some(found) = caches.iter().find_map(|cache| snapshot(&cache.join(&repository))) {
+    if let Some(found) = caches
+        .iter()
+        .find_map(|cache| snapshot(&cache.join(&repository)))
+    {
         return Ok(found);
     }
-    let searched: Vec<_> = caches.iter().map(|cache| cache.display().to_string()).collect();
+    let searched: Vec<_> = caches
+        .iter()
+        .map(|cache| cache.display().to_string())
+        .collect();
     bail!(
         "--model {name}: it is neither a folder nor in the Hugging Face cache ({}).\n\
          To get it:           hf download {name}\n\
          To try without it:   mirage-bench --model models/tiny   (the small model in this repository)",
-        if searched.is_empty() { "none found".to_owned() } else { searched.join(", ") }
+        if searched.is_empty() {
+            "none found".to_owned()
+        } else {
+            searched.join(", ")
+        }
     )
 }
 
@@ -148,7 +195,9 @@ fn repository(name: &str) -> Option<String> {
     let valid = |part: &str| {
         !part.is_empty()
             && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            && part
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
     };
     let (owner, model) = name.split_once('/')?;
     (valid(owner) && valid(model)).then(|| format!("models--{owner}--{model}"))
@@ -168,9 +217,17 @@ fn snapshot(repository: &Path) -> Option<PathBuf> {
     let snapshots = repository.join("snapshots");
     let main = std::fs::read_to_string(repository.join("refs/main")).ok();
     let named = main.map(|hash| snapshots.join(hash.trim()));
-    let mut all: Vec<PathBuf> = std::fs::read_dir(&snapshots).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    let mut all: Vec<PathBuf> = std::fs::read_dir(&snapshots)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
     all.sort();
-    named.into_iter().chain(all).find(|dir| dir.join("config.json").is_file())
+    named
+        .into_iter()
+        .chain(all)
+        .find(|dir| dir.join("config.json").is_file())
 }
 
 /// A checkpoint as the plain reference reads it.
@@ -184,7 +241,10 @@ impl WeightSource for Weights<'_> {
         for (row, out) in data.chunks_exact_mut(columns.max(1)).enumerate() {
             tensor.read_f32(row, 0, out)?;
         }
-        Ok(Tensor { shape: tensor.shape().to_vec(), data: Cow::Owned(data) })
+        Ok(Tensor {
+            shape: tensor.shape().to_vec(),
+            data: Cow::Owned(data),
+        })
     }
 }
 
@@ -203,11 +263,24 @@ mod tests {
     fn what_is_missing_is_told_with_its_mend() {
         let dir = tempfile::tempdir().expect("a folder");
         check_error("no/such/folder", &[], &["no such folder"]);
-        check_error("Qwen/Qwen3-0.6B", &[], &["hf download Qwen/Qwen3-0.6B", "--model models/tiny", "none found"]);
+        check_error(
+            "Qwen/Qwen3-0.6B",
+            &[],
+            &[
+                "hf download Qwen/Qwen3-0.6B",
+                "--model models/tiny",
+                "none found",
+            ],
+        );
         check_error(&dir.path().to_string_lossy(), &[], &["no config.json"]);
         check_error("../Qwen", &[], &["no such folder"]);
-        let error = built_in_graph(Some("gpt2"), Path::new("x")).expect_err("unknown").to_string();
-        assert!(error.contains("\"gpt2\"") && error.contains("--graph"), "{error}");
+        let error = built_in_graph(Some("gpt2"), Path::new("x"))
+            .expect_err("unknown")
+            .to_string();
+        assert!(
+            error.contains("\"gpt2\"") && error.contains("--graph"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -231,13 +304,29 @@ mod tests {
     #[test]
     fn caches_follow_the_environment() {
         let caches = |variables: &[(&str, &str)]| {
-            let variables: Vec<(String, PathBuf)> =
-                variables.iter().map(|(name, value)| ((*name).to_owned(), PathBuf::from(value))).collect();
-            hub_caches(move |name| variables.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone()))
+            let variables: Vec<(String, PathBuf)> = variables
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), PathBuf::from(value)))
+                .collect();
+            hub_caches(move |name| {
+                variables
+                    .iter()
+                    .find(|(known, _)| known == name)
+                    .map(|(_, value)| value.clone())
+            })
         };
-        assert_eq!(caches(&[("HOME", "/h")]), [PathBuf::from("/h/.cache/huggingface/hub")]);
-        assert_eq!(caches(&[("HOME", "/h"), ("HF_HOME", "/f")]), [PathBuf::from("/f/hub")]);
-        assert_eq!(caches(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/c")]), [PathBuf::from("/c")]);
+        assert_eq!(
+            caches(&[("HOME", "/h")]),
+            [PathBuf::from("/h/.cache/huggingface/hub")]
+        );
+        assert_eq!(
+            caches(&[("HOME", "/h"), ("HF_HOME", "/f")]),
+            [PathBuf::from("/f/hub")]
+        );
+        assert_eq!(
+            caches(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/c")]),
+            [PathBuf::from("/c")]
+        );
         assert!(caches(&[]).is_empty());
     }
 }

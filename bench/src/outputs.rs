@@ -15,7 +15,12 @@ use anyhow::{Context, Result};
 /// The first that cannot.
 pub fn check(files: &[&Path]) -> Result<()> {
     for file in files {
-        probe(file).with_context(|| format!("{} cannot be written; choose another path or mend its folder", file.display()))?;
+        probe(file).with_context(|| {
+            format!(
+                "{} cannot be written; choose another path or mend its folder",
+                file.display()
+            )
+        })?;
     }
     Ok(())
 }

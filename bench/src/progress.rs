@@ -17,7 +17,11 @@ pub struct Progress {
 impl Progress {
     /// Shows nothing yet.
     pub fn new(verbose: bool) -> Progress {
-        Progress { bar: ProgressBar::hidden(), verbose, name: String::new() }
+        Progress {
+            bar: ProgressBar::hidden(),
+            verbose,
+            name: String::new(),
+        }
     }
 
     fn say(&self, text: &str) {
@@ -30,10 +34,15 @@ impl Progress {
 impl Observer for Progress {
     fn point(&mut self, batch: usize, depth: Option<usize>, runs: usize) {
         self.bar.finish_and_clear();
-        self.name = depth.map_or_else(|| format!("batch {batch}"), |depth| format!("batch {batch}, depth {depth}"));
+        self.name = depth.map_or_else(
+            || format!("batch {batch}"),
+            |depth| format!("batch {batch}, depth {depth}"),
+        );
         // indicatif draws on stderr, and only where it is a terminal.
         self.bar = ProgressBar::new(runs as u64);
-        if let Ok(style) = ProgressStyle::with_template("{prefix} [{bar:30}] {pos}/{len} {msg} ({eta} left)") {
+        if let Ok(style) =
+            ProgressStyle::with_template("{prefix} [{bar:30}] {pos}/{len} {msg} ({eta} left)")
+        {
             self.bar.set_style(style.progress_chars("=> "));
         }
         self.bar.set_prefix(self.name.clone());
@@ -63,7 +72,12 @@ impl Observer for Progress {
     fn point_done(&mut self, point: &Point) {
         self.bar.finish_and_clear();
         for speedup in &point.speedups {
-            self.say(&format!("{}: latency against {}: {}", self.name, speedup.against, format::speedup(&speedup.latency)));
+            self.say(&format!(
+                "{}: latency against {}: {}",
+                self.name,
+                speedup.against,
+                format::speedup(&speedup.latency)
+            ));
         }
         if let Some(reason) = point.refused.as_ref().or(point.withheld.as_ref()) {
             self.say(&format!("{}: {reason}", self.name));

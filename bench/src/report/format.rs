@@ -1,7 +1,7 @@
 //! Numbers as people read them, the same in every report.
 
 use crate::derive::latency_change_percent;
-use crate::results::{DeviceState, Point, Results, Speedup, SummaryRow};
+use crate::results::{DeviceKind, DeviceState, Point, Results};
 use crate::stats::{Estimate, Side};
 
 /// `1.196x`, and its interval where there is one: `1.196x [1.180, 1.210]`.
@@ -15,7 +15,11 @@ pub fn speedup(estimate: &Estimate) -> String {
 /// What the latency's fall or rise is called.
 pub fn latency_change(speedup: &Estimate) -> String {
     let change = latency_change_percent(speedup);
-    let word = if change <= 0.0 { "reduction" } else { "increase" };
+    let word = if change <= 0.0 {
+        "reduction"
+    } else {
+        "increase"
+    };
     format!("{change:+.1}% latency {word}")
 }
 
@@ -38,18 +42,38 @@ pub fn point_name(point: &Point) -> String {
 
 /// The last line of the report, and of the terminal.
 pub fn verdict(results: &Results) -> String {
-    let interrupted = if results.complete { "" } else { " (interrupted: partial results)" };
+    let interrupted = if results.complete {
+        ""
+    } else {
+        " (interrupted: partial results)"
+    };
     let Some(headline) = results.headline() else {
         return format!("No baseline was run, so there is nothing to compare with{interrupted}.");
     };
-    let Some(row) = results.summary.iter().find(|row| row.against == headline.key) else {
+    let Some(row) = results
+        .summary
+        .iter()
+        .find(|row| row.against == headline.key)
+    else {
         let points = results.points.iter();
-        let reason = points.filter_map(|point| point.withheld.as_ref().or(point.refused.as_ref())).next();
+        let reason = points
+            .filter_map(|point| point.withheld.as_ref().or(point.refused.as_ref()))
+            .next();
         return match reason {
             Some(reason) => format!("❌ No speedup is given{interrupted}: {reason}."),
             None => format!("Nothing was measured on both sides{interrupted}."),
         };
     };
+    if results.device.kind == DeviceKind::Cpu {
+        let points = format!(
+            "latency {} against the {}",
+            speedup(&row.latency),
+            headline.label
+        );
+        return format!(
+            "Mirage's program ran on the CPU, {points}; this says nothing about a GPU{interrupted}."
+        );
+    }
     let against = match headline.key.as_str() {
         "b1" | "b0" => format!("baseline ({})", headline.label),
         _ => headline.label.clone(),
@@ -59,28 +83,45 @@ pub fn verdict(results: &Results) -> String {
         Side::Above => format!("✅ Mirage is {factor:.2}x faster than {against}!{interrupted}"),
         Side::Below => format!("⚠️ Mirage is SLOWER than {against}: {factor:.2}x{interrupted}."),
         Side::Undecided => {
-            format!("≈ No difference between mirage and {against} is shown: {}{interrupted}.", speedup(&row.latency))
+            format!(
+                "≈ No difference between mirage and {against} is shown: {}{interrupted}.",
+                speedup(&row.latency)
+            )
         }
     }
 }
 
 /// Where mirage stops or begins to be faster, in words; nothing where it is the same at every batch size.
 pub fn crossover(results: &Results) -> Vec<String> {
-    let Some(headline) = results.headline() else { return Vec::new() };
+    let Some(headline) = results.headline() else {
+        return Vec::new();
+    };
     let of = |side: Side| -> Vec<String> {
         let points = results.points.iter();
         points
-            .filter(|point| point.speedup(&headline.key).is_some_and(|speedup| speedup.latency.against(1.0) == side))
+            .filter(|point| {
+                point
+                    .speedup(&headline.key)
+                    .is_some_and(|speedup| speedup.latency.against(1.0) == side)
+            })
             .map(|point| format!("batch {}", point_name(point).to_lowercase()))
             .collect()
     };
     let (faster, slower, open) = (of(Side::Above), of(Side::Below), of(Side::Undecided));
     let mut lines = Vec::new();
     if !slower.is_empty() {
-        lines.push(format!("SLOWER than {} at {}.", headline.label, slower.join("; ")));
+        lines.push(format!(
+            "SLOWER than {} at {}.",
+            headline.label,
+            slower.join("; ")
+        ));
     }
     if !open.is_empty() && !(faster.is_empty() && slower.is_empty()) {
-        lines.push(format!("No difference to {} is shown at {}.", headline.label, open.join("; ")));
+        lines.push(format!(
+            "No difference to {} is shown at {}.",
+            headline.label,
+            open.join("; ")
+        ));
     }
     if !slower.is_empty() && !faster.is_empty() {
         lines.push(format!("Faster at {}.", faster.join("; ")));
@@ -104,7 +145,11 @@ pub fn device_state(state: &DeviceState) -> String {
     if let Some(reasons) = &state.throttle_reasons {
         parts.push(format!("clock limits {reasons}"));
     }
-    if parts.is_empty() { "not known".to_owned() } else { parts.join(", ") }
+    if parts.is_empty() {
+        "not known".to_owned()
+    } else {
+        parts.join(", ")
+    }
 }
 
 /// A count with thin groups: 1,191,772.
@@ -122,7 +167,10 @@ pub fn count(value: u64) -> String {
 
 /// A share in percent, or why there is none.
 pub fn share(share: Option<f64>) -> String {
-    share.map_or_else(|| "above 100 %: a measurement is wrong".to_owned(), |share| format!("{:.1} %", share * 100.0))
+    share.map_or_else(
+        || "above 100 %: a measurement is wrong".to_owned(),
+        |share| format!("{:.1} %", share * 100.0),
+    )
 }
 
 /// Control characters made visible and a text cut to `longest` characters, for one line of a terminal.
@@ -141,38 +189,25 @@ pub fn one_line(text: &str, longest: usize) -> String {
     }
 }
 
-/// Speedups of a summary row or a point under one name.
-pub struct Ratios<'a> {
-    /// Of latency.
-    pub latency: &'a Estimate,
-    /// Of throughput.
-    pub throughput: &'a Estimate,
-    /// Of device time.
-    pub device: Option<&'a Estimate>,
-}
-
-impl<'a> From<&'a Speedup> for Ratios<'a> {
-    fn from(of: &'a Speedup) -> Ratios<'a> {
-        Ratios { latency: &of.latency, throughput: &of.throughput, device: of.device.as_ref() }
-    }
-}
-
-impl<'a> From<&'a SummaryRow> for Ratios<'a> {
-    fn from(of: &'a SummaryRow) -> Ratios<'a> {
-        Ratios { latency: &of.latency, throughput: &of.throughput, device: of.device.as_ref() }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn numbers() {
-        let estimate = Estimate { value: 1.25, interval: Some((1.2, 1.3)) };
+        let estimate = Estimate {
+            value: 1.25,
+            interval: Some((1.2, 1.3)),
+        };
         assert_eq!(speedup(&estimate), "1.250x [1.200, 1.300]");
         assert_eq!(latency_change(&estimate), "-20.0% latency reduction");
-        assert_eq!(latency_change(&Estimate { value: 0.8, interval: None }), "+25.0% latency increase");
+        assert_eq!(
+            latency_change(&Estimate {
+                value: 0.8,
+                interval: None
+            }),
+            "+25.0% latency increase"
+        );
         assert_eq!(count(1_191_772), "1,191,772");
         assert_eq!(count(12), "12");
         assert_eq!(share(Some(0.8)), "80.0 %");

@@ -14,7 +14,9 @@ pub enum ReadError {
         cause: serde_json::Error,
     },
     /// Of another version.
-    #[error("{file}: the results have schema version {found}, this mirage-bench reads {SCHEMA_VERSION}; measure again")]
+    #[error(
+        "{file}: the results have schema version {found}, this mirage-bench reads {SCHEMA_VERSION}; measure again"
+    )]
     Version {
         /// The file.
         file: String,
@@ -36,11 +38,20 @@ pub fn write(results: &Results) -> serde_json::Result<String> {
 /// # Errors
 /// [`ReadError`].
 pub fn read(text: &str, file: &str) -> Result<Results, ReadError> {
-    let malformed = |cause| ReadError::Malformed { file: file.to_owned(), cause };
+    let malformed = |cause| ReadError::Malformed {
+        file: file.to_owned(),
+        cause,
+    };
     let value: serde_json::Value = serde_json::from_str(text).map_err(malformed)?;
     // The version first: another one explains the fields that do not fit.
-    match value.get("schema_version").and_then(serde_json::Value::as_u64) {
-        Some(found) if found != u64::from(SCHEMA_VERSION) => Err(ReadError::Version { file: file.to_owned(), found }),
+    match value
+        .get("schema_version")
+        .and_then(serde_json::Value::as_u64)
+    {
+        Some(found) if found != u64::from(SCHEMA_VERSION) => Err(ReadError::Version {
+            file: file.to_owned(),
+            found,
+        }),
         _ => serde_json::from_value(value).map_err(malformed),
     }
 }

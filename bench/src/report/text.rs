@@ -19,7 +19,11 @@ pub fn report(results: &Results) -> String {
     out.rule('=');
     out.line("");
     // RFC 3339 holds date and time in its first 19 characters.
-    let generated = results.generated.get(..19).unwrap_or(&results.generated).replacen('T', " ", 1);
+    let generated = results
+        .generated
+        .get(..19)
+        .unwrap_or(&results.generated)
+        .replacen('T', " ", 1);
     out.line(&format!("Generated: {generated}"));
     if !results.complete {
         out.line("PARTIAL: the run was interrupted; below is what had been measured until then.");
@@ -56,12 +60,25 @@ fn configuration(out: &mut Text, results: &Results) {
     out.line(&format!("Temperature: {}", configuration.temperature));
     out.line(&format!("Top-p: {}", configuration.top_p));
     out.line(&format!("Warmup iterations: {}", configuration.num_warmup));
-    out.line(&format!("Benchmark iterations: {}", configuration.num_iterations));
+    out.line(&format!(
+        "Benchmark iterations: {}",
+        configuration.num_iterations
+    ));
     out.line(&format!("Seed: {}", configuration.seed));
-    out.line(&format!("Ignore end-of-text tokens: {}", if configuration.ignore_eos { "yes" } else { "no" }));
+    out.line(&format!(
+        "Ignore end-of-text tokens: {}",
+        if configuration.ignore_eos {
+            "yes"
+        } else {
+            "no"
+        }
+    ));
     let prompts = &results.prompts;
     let used = prompts.count - prompts.skipped.len();
-    out.line(&format!("Prompts: {} ({used} of {} fit this model)", prompts.file, prompts.count));
+    out.line(&format!(
+        "Prompts: {} ({used} of {} fit this model)",
+        prompts.file, prompts.count
+    ));
     for Skipped { prompt, reason } in &prompts.skipped {
         out.line(&format!("  left out {prompt}: {reason}"));
     }
@@ -70,7 +87,10 @@ fn configuration(out: &mut Text, results: &Results) {
     if let Some(driver) = &device.driver {
         out.line(&format!("Driver: {driver}"));
     }
-    out.line(&format!("Host: {}, {} threads, {}", device.host_cpu, device.host_threads, device.os));
+    out.line(&format!(
+        "Host: {}, {} threads, {}",
+        device.host_cpu, device.host_threads, device.os
+    ));
     if let Some(bandwidth) = device.bandwidth_gb_s {
         out.line(&format!("Measured memory bandwidth: {bandwidth:.0} GB/s"));
     }
@@ -83,11 +103,26 @@ fn configuration(out: &mut Text, results: &Results) {
         out.line(&format!("WARNING: {warning}"));
     }
     for side in &results.sides {
-        let external = if side.role == Role::External { " (external: measured elsewhere, not checked)" } else { "" };
-        out.wrapped(&format!("{}{external}: ", title(results, side)), &side.description);
+        let external = if side.role == Role::External {
+            " (external: measured elsewhere, not checked)"
+        } else {
+            ""
+        };
+        out.wrapped(
+            &format!("{}{external}: ", title(results, side)),
+            &side.description,
+        );
     }
-    out.line(&format!("Weights: {} parameters, hash {}", format::count(results.model.parameters), short(&results.model.weights_hash)));
-    out.line(&format!("Graph hash: {}, prompts hash: {}", short(&results.model.graph_hash), short(&prompts.hash)));
+    out.line(&format!(
+        "Weights: {} parameters, hash {}",
+        format::count(results.model.parameters),
+        short(&results.model.weights_hash)
+    ));
+    out.line(&format!(
+        "Graph hash: {}, prompts hash: {}",
+        short(&results.model.graph_hash),
+        short(&prompts.hash)
+    ));
     out.line("");
 }
 
@@ -97,7 +132,9 @@ fn short(hash: &str) -> &str {
 
 /// `Mirage`, `Baseline` for the headline's, and the label for every other side.
 fn title(results: &Results, side: &SideFacts) -> String {
-    let headline = results.headline().is_some_and(|headline| headline.key == side.key);
+    let headline = results
+        .headline()
+        .is_some_and(|headline| headline.key == side.key);
     match side.role {
         Role::Mirage => "Mirage".to_owned(),
         Role::Baseline if headline => "Baseline".to_owned(),
@@ -113,8 +150,11 @@ fn ordered<'a>(results: &'a Results, point: &'a Point) -> Vec<(&'a SideFacts, &'
         Role::Mirage => 1,
         Role::Baseline | Role::External => 2,
     };
-    let mut sides: Vec<_> =
-        results.sides.iter().filter_map(|side| Some((side, point.side(&side.key)?))).collect();
+    let mut sides: Vec<_> = results
+        .sides
+        .iter()
+        .filter_map(|side| Some((side, point.side(&side.key)?)))
+        .collect();
     sides.sort_by_key(|(side, _)| rank(side));
     sides
 }
@@ -133,7 +173,12 @@ fn point_block(out: &mut Text, results: &Results, point: &Point) {
     }
     let sides = ordered(results, point);
     let label = |side: &SideFacts| format!("{}:", title(results, side));
-    let width = sides.iter().map(|(side, _)| label(side).len()).max().unwrap_or(0).max(11);
+    let width = sides
+        .iter()
+        .map(|(side, _)| label(side).len())
+        .max()
+        .unwrap_or(0)
+        .max(11);
     let headline = results.headline().and_then(|side| point.speedup(&side.key));
 
     let numbers = |out: &mut Text, of: &dyn Fn(&SidePoint) -> Option<Summary>| {
@@ -148,18 +193,31 @@ fn point_block(out: &mut Text, results: &Results, point: &Point) {
     numbers(out, &|side| Some(side.latency_ms.clone()));
     if let Some(speedup) = headline {
         let word = format::verdict_word(&speedup.latency);
-        let word = if word.is_empty() { String::new() } else { format!("  {word}") };
+        let word = if word.is_empty() {
+            String::new()
+        } else {
+            format!("  {word}")
+        };
         let change = format::latency_change(&speedup.latency);
-        out.line(&format!("    {:<width$} {:.3}x  ({change}){word}", "Speedup:", speedup.latency.value));
+        out.line(&format!(
+            "    {:<width$} {:.3}x  ({change}){word}",
+            "Speedup:", speedup.latency.value
+        ));
         out.interval(width, &speedup.latency);
     }
     out.line("  THROUGHPUT (tokens/s):");
     for (side, numbers) in &sides {
         let (label, summary) = (label(side), &numbers.throughput);
-        out.line(&format!("    {label:<width$} {:>8.2} ± {:>5.2}", summary.mean, summary.std));
+        out.line(&format!(
+            "    {label:<width$} {:>8.2} ± {:>5.2}",
+            summary.mean, summary.std
+        ));
     }
     if let Some(speedup) = headline {
-        out.line(&format!("    {:<width$} {:.3}x", "Speedup:", speedup.throughput.value));
+        out.line(&format!(
+            "    {:<width$} {:.3}x",
+            "Speedup:", speedup.throughput.value
+        ));
         out.interval(width, &speedup.throughput);
     }
     if let Some(reason) = &point.withheld {
@@ -175,7 +233,10 @@ fn point_block(out: &mut Text, results: &Results, point: &Point) {
         }
     }
     for (name, of) in [
-        ("TIME TO FIRST TOKEN (ms)", (|side| side.ttft_ms.clone()) as fn(&SidePoint) -> Option<Summary>),
+        (
+            "TIME TO FIRST TOKEN (ms)",
+            (|side| side.ttft_ms.clone()) as fn(&SidePoint) -> Option<Summary>,
+        ),
         ("TIME PER OUTPUT TOKEN (ms)", |side| side.tpot_ms.clone()),
         ("INTER-TOKEN LATENCY (ms)", |side| side.itl_ms.clone()),
     ] {
@@ -194,7 +255,10 @@ fn point_block(out: &mut Text, results: &Results, point: &Point) {
         for (side, numbers) in &sides {
             if let Some(summary) = &numbers.throughput_per_user {
                 let label = label(side);
-                out.line(&format!("    {label:<width$} {:>8.2} ± {:>5.2}", summary.mean, summary.std));
+                out.line(&format!(
+                    "    {label:<width$} {:>8.2} ± {:>5.2}",
+                    summary.mean, summary.std
+                ));
             }
         }
     }
@@ -220,7 +284,11 @@ fn point_block(out: &mut Text, results: &Results, point: &Point) {
         let setup = &numbers.setup;
         let mut parts = Vec::new();
         if let Some(compile) = setup.compile_s {
-            let cached = if setup.compile_cached { ", machine code from the cache" } else { "" };
+            let cached = if setup.compile_cached {
+                ", machine code from the cache"
+            } else {
+                ""
+            };
             parts.push(format!("compile {compile:.2} s{cached}"));
         }
         parts.push(format!("load {:.2} s", setup.load_s));
@@ -234,8 +302,14 @@ fn point_block(out: &mut Text, results: &Results, point: &Point) {
 }
 
 fn agreement(out: &mut Text, results: &Results, comparison: &Agreement) {
-    let label = results.side(&comparison.side).map_or(comparison.side.as_str(), |side| side.label.as_str());
-    let verdict = if comparison.passed { "agree" } else { "DO NOT AGREE" };
+    let label = results
+        .side(&comparison.side)
+        .map_or(comparison.side.as_str(), |side| side.label.as_str());
+    let verdict = if comparison.passed {
+        "agree"
+    } else {
+        "DO NOT AGREE"
+    };
     out.line(&format!(
         "  Correctness: mirage and {label} {verdict}: {} of {} greedy texts identical, {} tokens; logits differ by {:.2} % of their spread (worst row {:.2} %)",
         comparison.identical, comparison.sequences, comparison.tokens,
@@ -247,14 +321,25 @@ fn agreement(out: &mut Text, results: &Results, comparison: &Agreement) {
 }
 
 fn products(out: &mut Text, sides: &[(&SideFacts, &SidePoint)]) {
-    let Some((side, numbers)) = sides.iter().find(|(_, numbers)| !numbers.matrix_products.is_empty()) else {
+    let Some((side, numbers)) = sides
+        .iter()
+        .find(|(_, numbers)| !numbers.matrix_products.is_empty())
+    else {
         return;
     };
-    out.line(&format!("  MATRIX PRODUCTS OF {} (achieved bandwidth):", side.label));
+    out.line(&format!(
+        "  MATRIX PRODUCTS OF {} (achieved bandwidth):",
+        side.label
+    ));
     for product in &numbers.matrix_products {
         out.line(&format!(
             "    {:<30} {:>6} x {:<6} {:>4} a step {:>9.2} µs {:>8.0} GB/s",
-            format::one_line(&product.values.join(", "), 29), product.outputs, product.inputs, product.launches, product.time_us, product.gb_s
+            format::one_line(&product.values.join(", "), 29),
+            product.outputs,
+            product.inputs,
+            product.launches,
+            product.time_us,
+            product.gb_s
         ));
     }
 }
@@ -277,7 +362,9 @@ fn categories(out: &mut Text, results: &Results) {
     }
     out.section("RESULTS BY CATEGORY (means over all batch sizes)");
     for row in rows {
-        let ratio = row.latency_ratio.map_or(String::new(), |ratio| format!("{ratio:>8.3}x"));
+        let ratio = row
+            .latency_ratio
+            .map_or(String::new(), |ratio| format!("{ratio:>8.3}x"));
         out.line(&format!(
             "  {:<16} {:>4} texts, {:>6.1} prompt tokens, {:>10.2} ms to the last token, {:>9.2} ms to the first{ratio}",
             row.category, row.sequences, row.prompt_tokens, row.latency_ms, row.ttft_ms
@@ -290,8 +377,14 @@ fn summary(out: &mut Text, results: &Results) {
     let headline = results.headline().map(|side| side.key.as_str());
     let rows = || results.summary.iter();
     if let Some(row) = rows().find(|row| Some(row.against.as_str()) == headline) {
-        out.line(&format!("Average Latency Speedup:    {:.3}x", row.latency.value));
-        out.line(&format!("Average Throughput Speedup: {:.3}x", row.throughput.value));
+        out.line(&format!(
+            "Average Latency Speedup:    {:.3}x",
+            row.latency.value
+        ));
+        out.line(&format!(
+            "Average Throughput Speedup: {:.3}x",
+            row.throughput.value
+        ));
         if let Some(device) = &row.device {
             out.line(&format!("Average Device Speedup:     {:.3}x", device.value));
         }
@@ -299,18 +392,29 @@ fn summary(out: &mut Text, results: &Results) {
             || "no interval: it needs two iterations".to_owned(),
             |(low, high)| format!("95 % interval of the latency's: {low:.3} to {high:.3}"),
         );
-        out.line(&format!("(geometric mean of {} batch sizes; {interval})", row.points));
+        out.line(&format!(
+            "(geometric mean of {} batch sizes; {interval})",
+            row.points
+        ));
         out.line("");
     }
     for row in rows().filter(|row| Some(row.against.as_str()) != headline) {
-        let label = results.side(&row.against).map_or(row.against.as_str(), |side| side.label.as_str());
-        out.line(&format!("Against {label}: latency {}", format::speedup(&row.latency)));
+        let label = results
+            .side(&row.against)
+            .map_or(row.against.as_str(), |side| side.label.as_str());
+        out.line(&format!(
+            "Against {label}: latency {}",
+            format::speedup(&row.latency)
+        ));
     }
     for line in format::crossover(results) {
         out.line(&line);
     }
     if let Some(sample) = &results.sample {
-        out.wrapped("Sample: ", &format::one_line(&format!("{} ⟶ {}", sample.prompt, sample.text), 400));
+        out.wrapped(
+            "Sample: ",
+            &format::one_line(&format!("{} ⟶ {}", sample.prompt, sample.text), 400),
+        );
         out.line("");
     }
     out.line(&format::verdict(results));

@@ -26,11 +26,16 @@ pub struct MirageCpu<'a> {
 impl<'a> MirageCpu<'a> {
     /// Loads nothing yet.
     pub fn new(model: &'a Model) -> MirageCpu<'a> {
-        MirageCpu { model, loaded: None }
+        MirageCpu {
+            model,
+            loaded: None,
+        }
     }
 
     fn loaded(&mut self) -> Result<&mut CpuModel, SideError> {
-        self.loaded.as_mut().ok_or_else(|| SideError::Failed(anyhow!("it was not prepared")))
+        self.loaded
+            .as_mut()
+            .ok_or_else(|| SideError::Failed(anyhow!("it was not prepared")))
     }
 }
 
@@ -50,9 +55,18 @@ impl Side for MirageCpu<'_> {
         self.loaded = None;
         let begin = Instant::now();
         let max_seq = compiled_context(shape.context, self.model.facts.context);
-        let target = Target { gpu: GpuModel::cpu(), batch: shape.batch, max_seq };
-        let compilation = compile(&self.model.graph_text, &self.model.graph_name, &self.model.config, &target)
-            .map_err(|error| SideError::Failed(error.into()))?;
+        let target = Target {
+            gpu: GpuModel::cpu(),
+            batch: shape.batch,
+            max_seq,
+        };
+        let compilation = compile(
+            &self.model.graph_text,
+            &self.model.graph_name,
+            &self.model.config,
+            &target,
+        )
+        .map_err(|error| SideError::Failed(error.into()))?;
         let compile_s = begin.elapsed().as_secs_f64();
         let begin = Instant::now();
         let loaded = CpuModel::load(compilation.program, &self.model.checkpoint)
@@ -77,7 +91,9 @@ impl Side for MirageCpu<'_> {
         let mut tokens: Vec<Vec<u32>> = vec![Vec::new(); requests.len()];
         let begin = Instant::now();
         let result = executor.generate(&requests, &cancel, &mut |event| match event {
-            Event::Token { sequence, token, .. } => {
+            Event::Token {
+                sequence, token, ..
+            } => {
                 stamps[sequence].push(begin.elapsed().as_secs_f64());
                 tokens[sequence].push(token);
                 if interrupt.is_set() {
@@ -91,13 +107,29 @@ impl Side for MirageCpu<'_> {
         if interrupt.is_set() {
             return Err(SideError::Interrupted);
         }
-        Ok(Generation { tokens, wall, device: None, device_step: None, sequences: stamps.iter().map(|s| times(s)).collect() })
+        Ok(Generation {
+            tokens,
+            wall,
+            device: None,
+            device_step: None,
+            sequences: stamps.iter().map(|s| times(s)).collect(),
+        })
     }
 
     fn logits(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>, SideError> {
-        let scored = self.loaded()?.score(&[tokens.to_vec()]).map_err(|error| SideError::Failed(error.into()))?;
-        let logits = scored.into_iter().next().ok_or_else(|| anyhow!("no logits came back"))?;
-        Ok(logits.values.get(from * logits.vocab..).unwrap_or_default().to_vec())
+        let scored = self
+            .loaded()?
+            .score(&[tokens.to_vec()])
+            .map_err(|error| SideError::Failed(error.into()))?;
+        let logits = scored
+            .into_iter()
+            .next()
+            .ok_or_else(|| anyhow!("no logits came back"))?;
+        Ok(logits
+            .values
+            .get(from * logits.vocab..)
+            .unwrap_or_default()
+            .to_vec())
     }
 }
 

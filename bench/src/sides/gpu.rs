@@ -34,11 +34,17 @@ pub struct MirageGpu<'a> {
 impl<'a> MirageGpu<'a> {
     /// Loads nothing yet.
     pub fn new(model: &'a Model, gpu: &Gpu) -> MirageGpu<'a> {
-        MirageGpu { model, gpu: gpu.clone(), loaded: None }
+        MirageGpu {
+            model,
+            gpu: gpu.clone(),
+            loaded: None,
+        }
     }
 
     fn loaded(&mut self) -> Result<&mut Megakernel, SideError> {
-        self.loaded.as_mut().ok_or_else(|| SideError::Failed(anyhow!("it was not prepared")))
+        self.loaded
+            .as_mut()
+            .ok_or_else(|| SideError::Failed(anyhow!("it was not prepared")))
     }
 }
 
@@ -80,7 +86,9 @@ impl Side for MirageGpu<'_> {
         SideFacts {
             key: "mirage".to_owned(),
             label: "mirage".to_owned(),
-            description: "one persistent kernel: prefill, all decode steps and sampling in one launch".to_owned(),
+            description:
+                "one persistent kernel: prefill, all decode steps and sampling in one launch"
+                    .to_owned(),
             role: Role::Mirage,
         }
     }
@@ -89,9 +97,18 @@ impl Side for MirageGpu<'_> {
         self.loaded = None;
         let begin = Instant::now();
         let max_seq = compiled_context(shape.context, self.model.facts.context);
-        let target = Target { gpu: gpu_model(&self.gpu)?, batch: shape.batch, max_seq };
-        let compilation = compile(&self.model.graph_text, &self.model.graph_name, &self.model.config, &target)
-            .and_then(|compilation| Ok((compilation.build()?, compilation)));
+        let target = Target {
+            gpu: gpu_model(&self.gpu)?,
+            batch: shape.batch,
+            max_seq,
+        };
+        let compilation = compile(
+            &self.model.graph_text,
+            &self.model.graph_name,
+            &self.model.config,
+            &target,
+        )
+        .and_then(|compilation| Ok((compilation.build()?, compilation)));
         let (build, compilation) = compilation.map_err(|error| match error {
             CompileError::Target { .. } => SideError::NoRoom(error.to_string()),
             error => SideError::Failed(error.into()),
@@ -100,8 +117,14 @@ impl Side for MirageGpu<'_> {
         let begin = Instant::now();
         let artifact = build.artifact;
         let program = artifact.manifest.program;
-        let loaded = Megakernel::load(&self.gpu, program, &artifact.cubin, &self.model.checkpoint, &mut |_, _| {})
-            .map_err(megakernel_error)?;
+        let loaded = Megakernel::load(
+            &self.gpu,
+            program,
+            &artifact.cubin,
+            &self.model.checkpoint,
+            &mut |_, _| {},
+        )
+        .map_err(megakernel_error)?;
         self.loaded = Some(loaded);
         Ok(Setup {
             compile_s: Some(compile_s),
@@ -131,7 +154,10 @@ impl Side for MirageGpu<'_> {
             })
             .collect();
         let begin = Instant::now();
-        let running = self.loaded()?.start(&requests, &work.stop_tokens).map_err(megakernel_error)?;
+        let running = self
+            .loaded()?
+            .start(&requests, &work.stop_tokens)
+            .map_err(megakernel_error)?;
         let (tokens, stamps) = watch(&running, requests.len(), begin, interrupt)?;
         let finished = running.finish().map_err(megakernel_error)?;
         let wall = begin.elapsed().as_secs_f64();
@@ -155,14 +181,24 @@ impl Side for MirageGpu<'_> {
             prompt: tokens,
             prefill: from,
             max_new: 1,
-            sampling: sampling(crate::side::Sampling { temperature: 0.0, top_p: 1.0, seed: 0 }),
+            sampling: sampling(crate::side::Sampling {
+                temperature: 0.0,
+                top_p: 1.0,
+                seed: 0,
+            }),
             stream: 0,
             logits: true,
         };
-        let finished = model.start(&[request], &[]).and_then(Running::finish).map_err(megakernel_error)?;
+        let finished = model
+            .start(&[request], &[])
+            .and_then(Running::finish)
+            .map_err(megakernel_error)?;
         let rows = finished.logits().map_err(gpu_error)?;
         // Rows count from position 0; those below `from` were not computed.
-        Ok(rows.get(from * vocab..tokens.len() * vocab).unwrap_or_default().to_vec())
+        Ok(rows
+            .get(from * vocab..tokens.len() * vocab)
+            .unwrap_or_default()
+            .to_vec())
     }
 }
 
@@ -170,7 +206,12 @@ impl Side for MirageGpu<'_> {
 type Seen = (Vec<Vec<u32>>, Vec<Vec<f64>>);
 
 /// Looks at the tokens until the kernel has ended.
-fn watch(running: &Running<'_>, sequences: usize, begin: Instant, interrupt: &Interrupt) -> Result<Seen, SideError> {
+fn watch(
+    running: &Running<'_>,
+    sequences: usize,
+    begin: Instant,
+    interrupt: &Interrupt,
+) -> Result<Seen, SideError> {
     let mut tokens: Vec<Vec<u32>> = vec![Vec::new(); sequences];
     let mut stamps: Vec<Vec<f64>> = vec![Vec::new(); sequences];
     loop {
@@ -202,24 +243,38 @@ pub struct SharedBaseline<'a> {
 impl<'a> SharedBaseline<'a> {
     /// Loads nothing yet.
     pub fn new(model: &'a Model, gpu: &Gpu) -> Rc<RefCell<SharedBaseline<'a>>> {
-        Rc::new(RefCell::new(SharedBaseline { model, gpu: gpu.clone(), loaded: None }))
+        Rc::new(RefCell::new(SharedBaseline {
+            model,
+            gpu: gpu.clone(),
+            loaded: None,
+        }))
     }
 
     /// The loaded model with room for that shape.
     fn fit(&mut self, shape: Shape) -> Result<&mut Baseline, SideError> {
-        let fits = |baseline: &Baseline| baseline.max_batch() >= shape.batch && baseline.max_seq() >= shape.context;
+        let fits = |baseline: &Baseline| {
+            baseline.max_batch() >= shape.batch && baseline.max_seq() >= shape.context
+        };
         if !self.loaded.as_ref().is_some_and(fits) {
             // The old one goes first: both at once may not fit.
             self.loaded = None;
-            let made = Baseline::new(&self.gpu, &self.model.typed, &self.model.checkpoint, shape.batch, shape.context)
-                .map_err(baseline_error)?;
+            let made = Baseline::new(
+                &self.gpu,
+                &self.model.typed,
+                &self.model.checkpoint,
+                shape.batch,
+                shape.context,
+            )
+            .map_err(baseline_error)?;
             self.loaded = Some(made);
         }
         self.get()
     }
 
     fn get(&mut self) -> Result<&mut Baseline, SideError> {
-        self.loaded.as_mut().ok_or_else(|| SideError::Failed(anyhow!("it was not prepared")))
+        self.loaded
+            .as_mut()
+            .ok_or_else(|| SideError::Failed(anyhow!("it was not prepared")))
     }
 }
 
@@ -233,15 +288,27 @@ pub struct PerOp<'a> {
 impl<'a> PerOp<'a> {
     /// B0 or B1, by the mode.
     pub fn new(shared: &Rc<RefCell<SharedBaseline<'a>>>, mode: LaunchMode) -> PerOp<'a> {
-        PerOp { shared: Rc::clone(shared), mode, batch: 1 }
+        PerOp {
+            shared: Rc::clone(shared),
+            mode,
+            batch: 1,
+        }
     }
 }
 
 impl Side for PerOp<'_> {
     fn facts(&self) -> SideFacts {
         let (key, label, launches) = match self.mode {
-            LaunchMode::Eager => ("b0", "B0, per-op launches", "launched one by one by the host"),
-            LaunchMode::Graph => ("b1", "B1, per-op in a CUDA graph", "all launches of a step in one CUDA graph"),
+            LaunchMode::Eager => (
+                "b0",
+                "B0, per-op launches",
+                "launched one by one by the host",
+            ),
+            LaunchMode::Graph => (
+                "b1",
+                "B1, per-op in a CUDA graph",
+                "all launches of a step in one CUDA graph",
+            ),
         };
         SideFacts {
             key: key.to_owned(),
@@ -286,26 +353,45 @@ impl Side for PerOp<'_> {
             stop_tokens: work.stop_tokens.clone(),
             mode: self.mode,
         };
-        let output = self.shared.borrow_mut().get()?.generate(&request).map_err(baseline_error)?;
+        let output = self
+            .shared
+            .borrow_mut()
+            .get()?
+            .generate(&request)
+            .map_err(baseline_error)?;
         let timings = output.timings;
         let (first, last) = (timings.time_to_first_token / 1e3, timings.total / 1e3);
         // It does not look at single tokens, so that the GPU never waits for the host: all sequences have one time.
-        let times = SequenceTimes { first, last, gaps: Vec::new() };
+        let times = SequenceTimes {
+            first,
+            last,
+            gaps: Vec::new(),
+        };
         Ok(Generation {
             sequences: vec![times; output.tokens.len()],
             tokens: output.tokens,
             wall: last,
             device: Some((timings.prefill + timings.decode) / 1e3),
-            device_step: (timings.decode_steps > 0).then(|| timings.decode / 1e3 / timings.decode_steps as f64),
+            device_step: (timings.decode_steps > 0)
+                .then(|| timings.decode / 1e3 / timings.decode_steps as f64),
         })
     }
 
     fn logits(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>, SideError> {
-        self.shared.borrow_mut().get()?.logits(tokens, from..tokens.len()).map_err(baseline_error)
+        self.shared
+            .borrow_mut()
+            .get()?
+            .logits(tokens, from..tokens.len())
+            .map_err(baseline_error)
     }
 
     fn matrix_products(&mut self) -> Result<Vec<MatrixProduct>, SideError> {
-        let products = self.shared.borrow_mut().get()?.linears(self.batch).map_err(baseline_error)?;
+        let products = self
+            .shared
+            .borrow_mut()
+            .get()?
+            .linears(self.batch)
+            .map_err(baseline_error)?;
         Ok(products
             .into_iter()
             .map(|product| MatrixProduct {

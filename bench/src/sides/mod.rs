@@ -16,7 +16,12 @@ fn compiled_context(needed: usize, of_model: usize) -> usize {
 }
 
 fn sampling(of: Sampling) -> SamplingParams {
-    SamplingParams { temperature: of.temperature, top_k: 0, top_p: of.top_p, seed: of.seed }
+    SamplingParams {
+        temperature: of.temperature,
+        top_k: 0,
+        top_p: of.top_p,
+        seed: of.seed,
+    }
 }
 
 #[cfg(test)]

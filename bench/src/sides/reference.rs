@@ -25,11 +25,17 @@ pub struct PlainReference<'a> {
 impl<'a> PlainReference<'a> {
     /// Loads nothing yet.
     pub fn new(model: &'a Model, weights: &'a Weights<'a>) -> PlainReference<'a> {
-        PlainReference { model, weights, loaded: None }
+        PlainReference {
+            model,
+            weights,
+            loaded: None,
+        }
     }
 
     fn loaded(&self) -> Result<&Reference<'a>, SideError> {
-        self.loaded.as_ref().ok_or_else(|| SideError::Failed(anyhow!("it was not prepared")))
+        self.loaded
+            .as_ref()
+            .ok_or_else(|| SideError::Failed(anyhow!("it was not prepared")))
     }
 }
 
@@ -54,7 +60,10 @@ impl Side for PlainReference<'_> {
         if self.loaded.is_none() {
             self.loaded = Some(Reference::new(&self.model.typed, self.weights).map_err(failed)?);
         }
-        Ok(Setup { load_s: begin.elapsed().as_secs_f64(), ..Setup::default() })
+        Ok(Setup {
+            load_s: begin.elapsed().as_secs_f64(),
+            ..Setup::default()
+        })
     }
 
     fn generate(&mut self, work: &Work, interrupt: &Interrupt) -> Result<Generation, SideError> {
@@ -71,7 +80,12 @@ impl Side for PlainReference<'_> {
                 }
                 logits = reference.step(&mut state, token).map_err(failed)?;
             }
-            let mut run = Run { state, tokens: Vec::new(), stamps: Vec::new(), position: sequence.prompt.len() };
+            let mut run = Run {
+                state,
+                tokens: Vec::new(),
+                stamps: Vec::new(),
+                position: sequence.prompt.len(),
+            };
             run.choose(&logits, &sampler, sequence.stream, begin);
             running.push(run);
         }
@@ -80,7 +94,11 @@ impl Side for PlainReference<'_> {
                 if interrupt.is_set() {
                     return Err(SideError::Interrupted);
                 }
-                let Some(&last) = run.tokens.last().filter(|last| !work.stop_tokens.contains(last)) else {
+                let Some(&last) = run
+                    .tokens
+                    .last()
+                    .filter(|last| !work.stop_tokens.contains(last))
+                else {
                     continue;
                 };
                 let logits = reference.step(&mut run.state, last).map_err(failed)?;
