@@ -62,6 +62,7 @@ MIRAGE_DEVICE void load_cached(KvBatch<A>& batch, const Params& params, const Pl
 #pragma unroll
   for (int u = 0; u < KvTile<A>::kUnroll; u++) {
     const int j = kv_position<A, S>(at, round, split, u);
+    batch.k[u] = batch.v[u] = make_uint4(0, 0, 0, 0);
     if (j < cached) {
       const size_t e = kv_row<A>(layer, slot, kv_head, j) + at.lane % KvTile<A>::kLanes * KvTile<A>::kElements;
       batch.k[u] = load_l2(reinterpret_cast<const uint4*>(params.keys + e));
@@ -175,7 +176,7 @@ MIRAGE_DEVICE void add_scaled(float (&out)[8], float p, const uint4& v) {
 
 // One batch of positions for the H query heads of a task.
 template <class A, int H>
-MIRAGE_DEVICE void attend(Softmax (&state)[H], const float (&q)[H][8], const KvBatch<A>& batch, const bool (&valid)[4]) {
+MIRAGE_DEVICE void attend(Softmax (&state)[H], const float (&q)[H][8], const KvBatch<A>& batch, const bool (&valid)[KvTile<A>::kUnroll]) {
   typedef KvTile<A> T;
 #pragma unroll
   for (int h = 0; h < H; h++) {
@@ -282,7 +283,7 @@ MIRAGE_DEVICE void attention(Context<R>& x, int layer, uint32_t epoch) {
   };
 
   // Nothing here depends on the current token: ask for it before waiting for q, k and v.
-  KvBatch<A> batch;
+  KvBatch<A> batch = {};
   if (x.at.member < T::kCount) {
     const Task task = decode(x.at.member);
     const int slot = x.columns.slot[task.column];
@@ -290,7 +291,7 @@ MIRAGE_DEVICE void attention(Context<R>& x, int layer, uint32_t epoch) {
       load_cached<A, S>(batch, x.params, x.at, layer, slot, x.at.group * A::kKvHeads + task.kv_head, 0, task.split,
                         cached_of(task.column));
   }
-  HeadLane<A> q_gamma, k_gamma;
+  HeadLane<A> q_gamma = {}, k_gamma = {};
   if (A::kQNorm) q_gamma.load(x.params.norms + A::kQGammaAt + static_cast<size_t>(layer) * A::kGammaStride, x.at.lane);
   if (A::kKNorm) k_gamma.load(x.params.norms + A::kKGammaAt + static_cast<size_t>(layer) * A::kGammaStride, x.at.lane);
 

@@ -6,7 +6,7 @@
 
 namespace mirage {
 
-// One sequence of the batch, as the host asks for it. The Rust twin is runtime::launch::Sequence.
+// One sequence of the batch, as the host asks for it. The Rust twin is runtime::megakernel::launch::Sequence.
 struct Sequence {
   uint32_t prompt_length;  // positions below are given, not generated
   uint32_t first_decode;   // position of the first decode step; those before come through prefill steps
@@ -17,9 +17,11 @@ struct Sequence {
   uint64_t seed;
   uint32_t stream;      // the sequence's index in the random numbers
   int32_t logits_row;   // row of logits_dump for position 0, or -1
+  uint32_t stop_begin;  // its stop tokens in Params::stop_tokens
+  uint32_t stop_count;
 };
 
-// One column of a prefill step. The Rust twin is runtime::launch::PrefillColumn.
+// One column of a prefill step. The Rust twin is runtime::megakernel::launch::PrefillColumn.
 struct PrefillColumn {
   int32_t slot;  // -1: nothing
   uint32_t position;
@@ -27,7 +29,7 @@ struct PrefillColumn {
   uint32_t first;  // the column of this step at which the sequence's run of positions begins
 };
 
-// The one kernel parameter. The Rust twin is runtime::launch::Params.
+// The one kernel parameter. The Rust twin is runtime::megakernel::launch::Params.
 struct Params {
   const uint8_t* weights;
   const uint64_t* stream_offsets;  // of each CTA's stream, in bytes
@@ -45,10 +47,10 @@ struct Params {
   const uint32_t* stop_tokens;
   uint32_t* tokens_out;      // host memory, [slots, max_seq], token + 1
   const uint32_t* cancel;    // host memory
-  uint32_t stop_count;
   uint32_t prefill_steps;
   uint32_t batch;
   uint32_t epoch;  // every epoch of this launch is above this one
+  uint32_t unused;
 };
 
 struct Columns {
@@ -71,8 +73,9 @@ MIRAGE_DEVICE Place place_of_this_thread() {
   return Place{cta, cta / Mesh::kMembers, cta % Mesh::kMembers, thread, thread / kWarp, thread % kWarp};
 }
 
-// Shared-memory regions. `activation` holds what the next linear multiplies, [columns, K + 8] bf16, or q, k and v;
-// `scratch` what warps of one phase hand to each other; `sum_squares` the parts of the norm of the residual stream.
+// Shared-memory regions. `activation` holds what the next linear multiplies, [columns, K + 8] bf16, or q, k and v, and
+// after the head what the sampler counts; `scratch` what warps of one phase hand to each other; `sum_squares` the parts of
+// the norm of the residual stream.
 template <class Ring>
 struct Context {
   const Params& params;
@@ -83,11 +86,13 @@ struct Context {
   float* scratch;
   float* sum_squares;  // [columns, kConsumerWarps]
   float2* rope;        // [columns, head_dim / 2]
+  float* stream;       // the replicated residual stream
 
   // Called where a phase begins. Without it the compiler computes every phase's addresses once, ahead of the loop over
   // layers, and keeps them in registers that it does not have.
   MIRAGE_DEVICE void begin_phase() {
-    asm volatile("" : "+r"(at.thread), "+r"(at.warp), "+r"(at.lane), "+r"(at.group), "+r"(at.member));
+    asm volatile(""
+                 : "+r"(at.cta), "+r"(at.thread), "+r"(at.warp), "+r"(at.lane), "+r"(at.group), "+r"(at.member));
   }
 };
 

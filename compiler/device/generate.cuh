@@ -97,7 +97,7 @@ MIRAGE_DEVICE bool advance(Context<R>& x) {
                      : "memory");
       on = made + 1 < q.max_new && next < Model::kMaxSeq;
 #pragma unroll 1
-      for (uint32_t i = 0; i < x.params.stop_count; i++) on &= token != x.params.stop_tokens[i];
+      for (uint32_t i = 0; i < q.stop_count; i++) on &= token != x.params.stop_tokens[q.stop_begin + i];
     }
     x.columns.slot[c] = on ? c : -1;
     x.columns.token[c] = on ? token : 0;
@@ -134,7 +134,8 @@ MIRAGE_DEVICE void generate(const Params& params) {
                   reinterpret_cast<bf16*>(shared + Shared::kActivation),
                   reinterpret_cast<float*>(shared + Shared::kScratch),
                   reinterpret_cast<float*>(shared + Shared::kSumSquares),
-                  reinterpret_cast<float2*>(shared + Shared::kRope)};
+                  reinterpret_cast<float2*>(shared + Shared::kRope),
+                  reinterpret_cast<float*>(shared + Shared::kStream)};
   uint64_t* histograms = reinterpret_cast<uint64_t*>(params.exchange + Model::kHistogramsAt);
 #pragma unroll 1
   for (int i = at.cta * kConsumers + at.thread; i < 2 * Histograms<C>::kOfParity; i += Mesh::kCtas * kConsumers)

@@ -2,8 +2,8 @@
 // norm's gamma applied. The norm's scale, one number a column, follows in that linear's epilogue, so RMSNorm costs no step.
 //
 // Two forms, chosen by the planner for each kind of step:
-// - Replicated: every worker sums all partials of all elements (an all-reduce in one hop) and keeps the whole stream in
-//   registers; good for few columns and narrow streams.
+// - Replicated: every worker sums all partials of all elements (an all-reduce in one hop) and keeps the whole stream; good
+//   for few columns and narrow streams.
 // - Scattered: every worker sums the partials of its share (reduce-scatter), keeps that share, and publishes the new
 //   values for all to collect (all-gather): a hop more, a small part of the volume.
 #pragma once
@@ -56,15 +56,24 @@ MIRAGE_DEVICE void store_sum_squares(Context<R>& x, int column, float squares) {
 }
 
 // X: the exchange of the linears that write the stream (they share one placement). Every thread keeps the units that
-// collect_all would give it.
+// collect_all would give it, in shared memory that no other thread touches: [columns of a warp, steps, values, threads].
 template <class X, class Mesh, int C>
 struct Replicated {
   typedef Producers<X, Mesh> P;
   typedef WarpsOfColumns<C> W;
   static constexpr int kSteps = ceil_div(P::kUnits, W::kStride);
-  float v[W::kColumns][kSteps][kValuesPerWord];
+  float* mine;
 
-  // Runs f(column index, step, column, unit, span) for this thread's units; the first two are constants after unrolling.
+  template <class R>
+  MIRAGE_DEVICE explicit Replicated(const Context<R>& x) : mine(x.stream + x.at.thread) {}
+
+  // Value e of unit s of the warp's column i.
+  MIRAGE_DEVICE float& value(int i, int s, int e) const {
+    return mine[((i * kSteps + s) * kValuesPerWord + e) * kConsumers];
+  }
+
+  // Runs f(column index, step, column, unit, span) for this thread's units; the first is a constant after
+  // unrolling.
   template <class F>
   MIRAGE_DEVICE static void for_each(const Place& at, F f) {
 #pragma unroll
@@ -87,9 +96,13 @@ MIRAGE_DEVICE void embed(Context<R>& x, Replicated<X, Mesh, C>& stream, const bf
   float squares[S::W::kColumns] = {};
   S::for_each(x.at, [&](int i, int s, int column, int, const Span& span) {
     const bf16* row = x.params.embedding + static_cast<size_t>(x.columns.token[column]) * N::kNormWidth;
+    float v[kValuesPerWord];
 #pragma unroll
-    for (int e = 0; e < kValuesPerWord; e++) stream.v[i][s][e] = e < span.count ? to_float(row[span.begin + e]) : 0.f;
-    squares[i] += store_normed(x.activation + column * padded(N::kWidth), span, stream.v[i][s], load_gamma<N>(gamma, span));
+    for (int e = 0; e < kValuesPerWord; e++) {
+      v[e] = e < span.count ? to_float(row[span.begin + e]) : 0.f;
+      stream.value(i, s, e) = v[e];
+    }
+    squares[i] += store_normed(x.activation + column * padded(N::kWidth), span, v, load_gamma<N>(gamma, span));
   });
 #pragma unroll
   for (int i = 0; i < S::W::kColumns; i++) store_sum_squares<C>(x, S::W::column(x.at, i), squares[i]);
@@ -102,11 +115,11 @@ MIRAGE_DEVICE void add_to_stream(Context<R>& x, Replicated<Shared, Mesh, C>& str
   x.begin_phase();
   typedef Replicated<Shared, Mesh, C> S;
   constexpr int kBatch = batch_of(S::kSteps, kWordsInFlight / S::P::kPartials);
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < S::W::kColumns; i++) {
     const int column = S::W::column(x.at, i);
     float squares = 0.f;
-#pragma unroll
+#pragma unroll 1
     for (int s0 = 0; s0 < S::kSteps; s0 += kBatch) {
       int units[kBatch];
       Span spans[kBatch];
@@ -129,8 +142,11 @@ MIRAGE_DEVICE void add_to_stream(Context<R>& x, Replicated<Shared, Mesh, C>& str
       for (int s = 0; s < kBatch; s++)
         if (s0 + s < S::kSteps && units[s] >= 0) {
 #pragma unroll
-          for (int e = 0; e < kValuesPerWord; e++) stream.v[i][s0 + s][e] += sums[s].v[e];
-          squares += store_normed(x.activation + column * padded(N::kWidth), spans[s], stream.v[i][s0 + s], gammas[s]);
+          for (int e = 0; e < kValuesPerWord; e++) {
+            sums[s].v[e] += stream.value(i, s0 + s, e);
+            stream.value(i, s0 + s, e) = sums[s].v[e];
+          }
+          squares += store_normed(x.activation + column * padded(N::kWidth), spans[s], sums[s].v, gammas[s]);
         }
     }
     store_sum_squares<C>(x, column, squares);
@@ -197,7 +213,10 @@ template <class X, class Mesh, int C, class R>
 MIRAGE_DEVICE void publish_stream(Context<R>& x, const Replicated<X, Mesh, C>& stream, uint4* words, uint32_t epoch) {
   typedef Replicated<X, Mesh, C> S;
   S::for_each(x.at, [&](int i, int s, int column, int unit, const Span& span) {
-    if (span.count > 0) store_values(words + Gathered<X, Mesh, C>::index(unit, column), stream.v[i][s], epoch);
+    float v[kValuesPerWord];
+#pragma unroll
+    for (int e = 0; e < kValuesPerWord; e++) v[e] = stream.value(i, s, e);
+    if (span.count > 0) store_values(words + Gathered<X, Mesh, C>::index(unit, column), v, epoch);
   });
 }
 
@@ -257,6 +276,7 @@ MIRAGE_DEVICE void embed(Context<R>& x, Scattered<X, Mesh, C>& stream, const bf1
 template <class X, class Shared, class Mesh, int C, class R>
 MIRAGE_DEVICE void reduce_scatter(Context<R>& x, Scattered<Shared, Mesh, C>& stream, uint4* words, uint32_t epoch) {
   x.begin_phase();
+  asm volatile("" : "+r"(stream.unit), "+r"(stream.column), "+r"(stream.lane));  // as begin_phase
   typedef Scattered<Shared, Mesh, C> S;
   typedef Producers<X, Mesh> P;
   constexpr int kMine = ceil_div(P::kPartials, S::kLanes), kBatch = batch_of(kMine, kWordsInFlight);

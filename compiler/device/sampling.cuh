@@ -23,7 +23,7 @@ struct Histograms {
   static constexpr int kOfParity = 2 * kOfKind;
 };
 
-// What sampling keeps in scratch, behind the winners of the head.
+// What sampling keeps in the activation, which no linear needs between the head and the next step's embeddings.
 template <int C>
 struct SamplingScratch {
   uint32_t low[C][kRadixBins], high[C][kRadixBins];  // 16-bit halves of the masses, or counts in `low`
@@ -127,7 +127,7 @@ MIRAGE_DEVICE void select_level(Context<R>& x, SamplingScratch<C>& s, uint64_t* 
 template <class H, int C, class Mesh, class R>
 MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uint4* barrier, uint32_t parity,
                           uint32_t epoch) {
-  SamplingScratch<C>& s = *reinterpret_cast<SamplingScratch<C>*>(winners_of<C>(x) + C + 1);
+  SamplingScratch<C>& s = *reinterpret_cast<SamplingScratch<C>*>(x.activation);
   bool sampled = false, by_count = false, by_mass = false;
 #pragma unroll 1
   for (int c = 0; c < C; c++) {

@@ -29,6 +29,10 @@ MIRAGE_DEVICE uint4 load_word(const uint4* p) {
 // for again at each turn: asking word by word, or only for the missing ones, is slower.
 template <int N>
 MIRAGE_DEVICE void await_words(uint4 (&words)[N], const uint4* base, const int (&offsets)[N], uint32_t epoch) {
+  // A word that is not waited for gets a value too: a register that is set only under a condition would be taken
+  // for live all the way from the kernel's start.
+#pragma unroll
+  for (int i = 0; i < N; i++) words[i] = make_uint4(0, 0, 0, 0);
   Spin spin;
   bool complete;
   do {

@@ -245,3 +245,83 @@ fn hash_source(source: &CudaSource) -> String {
     }
     hasher.finalize().to_hex().to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::GpuModel;
+    use crate::driver::compile;
+    use crate::plan::Target;
+    use crate::typed::ModelConfig;
+
+    /// The artifact of a small model, with a cubin that is none: nothing here runs it.
+    fn artifact() -> Artifact {
+        let config = include_str!("../../models/tiny/config.json");
+        let config = ModelConfig::parse(config, "config.json").unwrap();
+        let target = Target {
+            gpu: GpuModel::default_for(Arch::Sm90a),
+            batch: 2,
+            max_seq: 64,
+        };
+        let graph = include_str!("../../graphs/qwen3.ron");
+        let compilation = compile(graph, "qwen3.ron", &config, &target).unwrap();
+        let kernels = ["other", ENTRY].map(|name| KernelResources {
+            name: name.to_owned(),
+            registers: 7,
+            ..Default::default()
+        });
+        let none = Artifact::new(&compilation, b"cubin".to_vec(), &kernels[..1]);
+        assert_eq!(none, Err(format!("NVRTC reports no kernel named {ENTRY}")));
+        Artifact::new(&compilation, b"cubin".to_vec(), &kernels).unwrap()
+    }
+
+    #[test]
+    fn what_was_written_is_loaded() {
+        let artifact = artifact();
+        assert_eq!(artifact.manifest.resources.name, ENTRY);
+        let text = artifact.manifest.to_json();
+        assert_eq!(Artifact::load(&text, artifact.cubin.clone()), Ok(artifact));
+    }
+
+    #[test]
+    fn what_was_changed_is_refused() {
+        let artifact = artifact();
+        let check = |text: &str, cubin: &[u8], expect: &str| {
+            let error = Artifact::load(text, cubin.to_vec())
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(expect), "{expect:?} is not in: {error}");
+            let mend = ["compile the graph again", "please report"];
+            assert!(mend.iter().any(|mend| error.contains(mend)), "{error}");
+        };
+        let good = artifact.manifest.to_json();
+        check(&good, b"other", "the cubin does not belong to the manifest");
+        check("{", b"cubin", "cannot be read: EOF");
+        check("{\"format\": 2}", b"cubin", "has format 2, this mirage");
+        check("{\"format\": 1}", b"cubin", "missing field `mirage`");
+        let with = |change: fn(&mut Manifest)| {
+            let mut manifest = artifact.manifest.clone();
+            change(&mut manifest);
+            manifest
+        };
+        // Someone edits a number, or writes a program of their own and its hash.
+        let edited = with(|manifest| manifest.program.decode.kv_splits += 1);
+        check(&edited.to_json(), b"cubin", "program was changed");
+        let forged = with(|manifest| {
+            manifest.program.mesh.groups = 0;
+            manifest.hashes.program = hash_program(&manifest.program);
+        });
+        check(&forged.to_json(), b"cubin", "program is not well-formed");
+        let threads = with(|manifest| manifest.threads = 256);
+        check(
+            &threads.to_json(),
+            b"cubin",
+            "threads or shared_bytes was changed",
+        );
+        let older = with(|manifest| {
+            manifest.mirage = "0.0.9".to_owned();
+            manifest.hashes.source = hash(b"other device code");
+        });
+        check(&older.to_json(), b"cubin", "compiled by a mirage (0.0.9)");
+    }
+}

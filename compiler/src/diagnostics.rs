@@ -5,13 +5,17 @@
 //! Two kinds of error leave the front end. A [`Diagnostic`] is the reader's to mend: it points into a file they wrote.
 //! A [`Violation`] is ours: a `verify()` found a stage that breaks its own rules, which the stages' constructors never build.
 
+mod excerpt;
+
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use codespan_reporting::diagnostic::{Diagnostic as Report, Label, LabelStyle};
-use codespan_reporting::files::SimpleFile;
 use codespan_reporting::term;
 use serde::{Deserialize, Serialize};
+
+use excerpt::{Excerpt, abridge};
 
 /// A byte range of the graph file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,21 +80,35 @@ impl Diagnostic {
     }
 
     fn render(&self, source: &Source) -> String {
-        let labels = self.places.iter().enumerate().map(|(index, (span, text))| {
-            let style = if index == 0 {
-                LabelStyle::Primary
-            } else {
-                LabelStyle::Secondary
-            };
-            Label::new(style, (), source.clamp(*span)).with_message(text)
-        });
+        let places: Vec<Range<usize>> = self
+            .places
+            .iter()
+            .map(|(span, _)| source.clamp(*span))
+            .collect();
+        let excerpt = Excerpt::new(source, &places);
+        let labels =
+            self.places
+                .iter()
+                .zip(&places)
+                .enumerate()
+                .map(|(index, ((_, text), place))| {
+                    let style = if index == 0 {
+                        LabelStyle::Primary
+                    } else {
+                        LabelStyle::Secondary
+                    };
+                    Label::new(style, (), excerpt.range(place)).with_message(abridge(text))
+                });
         let report = Report::error()
             .with_code(self.rule)
-            .with_message(&self.message)
+            .with_message(abridge(&self.message))
             .with_labels_iter(labels)
-            .with_notes_iter(self.help.iter().map(|help| format!("help: {help}")));
-        let file = SimpleFile::new(source.name.as_str(), source.text.as_str());
-        term::emit_into_string(&term::Config::default(), &file, &report)
+            .with_notes_iter(
+                self.help
+                    .iter()
+                    .map(|help| abridge(&format!("help: {help}"))),
+            );
+        term::emit_into_string(&term::Config::default(), &excerpt, &report)
             // The spans were clamped, so this cannot happen; should it, the sentence must still reach the reader.
             .unwrap_or_else(|_| {
                 format!("{}: error[{}]: {}\n", source.name, self.rule, self.message)
@@ -100,7 +118,7 @@ impl Diagnostic {
 
 impl Source {
     /// The range that `span` covers, moved onto character boundaries inside the text.
-    fn clamp(&self, span: Span) -> std::ops::Range<usize> {
+    fn clamp(&self, span: Span) -> Range<usize> {
         let start = floor_char_boundary(&self.text, span.start);
         start..floor_char_boundary(&self.text, span.end.max(span.start)).max(start)
     }

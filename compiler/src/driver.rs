@@ -16,7 +16,7 @@ use crate::nvrtc::{self, NvrtcError};
 use crate::ops::TypedOp;
 use crate::plan::{Plan, PlanError, Target};
 use crate::program::{Program, ProgramError};
-use crate::typed::{ModelConfig, TypedGraph};
+use crate::typed::{ModelConfig, TypedGraph, TypedNode};
 
 /// Everything that the stages made of a graph.
 #[derive(Clone, Debug)]
@@ -181,18 +181,17 @@ fn locate(error: PlanError, graph: &Graph, typed: &TypedGraph, fused: &FusedGrap
             .help(help);
         CompileError::Diagnosed(Diagnostics::one(&graph.source, diagnostic))
     };
-    // What the planner does not find in the layer is the head, or the graph as a whole.
-    let span_of = |name: &str| -> Span {
-        let node = fused.layer.iter().find(|node| node.name == name);
-        let head = typed
-            .after
-            .iter()
-            .find(|node| matches!(node.op, TypedOp::LmHead(_)));
-        match (node, head) {
-            (Some(node), _) => node.span,
-            (None, Some(head)) if name == "head" => head.span,
-            _ => graph.name.span,
+    // The operator of a fused node that an error is about, else its first. What is not in the layer is the head, or the
+    // graph as a whole.
+    let span_of = |name: &str, is_it: fn(&TypedOp) -> bool| -> Span {
+        if let Some(node) = fused.layer.iter().find(|node| node.name == name) {
+            let mut operators = typed.layer.iter().filter(|o| node.sources.contains(&o.id));
+            let about = operators.find(|operator| is_it(&operator.op));
+            return about.map_or(node.span, |operator| operator.span);
         }
+        let head = |node: &&TypedNode| name == "head" && matches!(node.op, TypedOp::LmHead(_));
+        let head = typed.after.iter().find(head);
+        head.map_or(graph.name.span, |head| head.span)
     };
     match &error {
         PlanError::Batch { .. } => target(error, "choose a batch in that range"),
@@ -214,27 +213,27 @@ fn locate(error: PlanError, graph: &Graph, typed: &TypedGraph, fused: &FusedGrap
         }
         PlanError::Program(ProgramError::Tile { node, multiple, .. }) => diagnosed(
             "tile-size",
-            span_of(node),
-            "this operator's sizes",
+            span_of(node, |op| matches!(op, TypedOp::Linear(_))),
+            "",
             format!(
                 "choose a multiple of {multiple}; sizes come from the checkpoint's config.json, else from `default` in this file"
             ),
         ),
         PlanError::Program(ProgramError::HeadDim { node, .. }) => diagnosed(
             "head-dim",
-            span_of(node),
+            span_of(node, |op| matches!(op, TypedOp::Attention(_))),
             "",
-            "compile a model with heads of a supported width".to_owned(),
+            "compile a model with such heads; their width is `head_dim` of config.json".to_owned(),
         ),
         PlanError::Program(ProgramError::Dataflow { node, .. }) => diagnosed(
             "dataflow",
-            span_of(node),
+            span_of(node, |_| true),
             "",
             "graphs/qwen3.ron and graphs/llama3.ron show layers that compile".to_owned(),
         ),
         PlanError::Program(ProgramError::SharedMemory { .. }) => target(
             error,
-            "choose a smaller batch, or a GPU with more shared memory per block",
+            "choose a GPU with more shared memory per block, a smaller batch, or a narrower model",
         ),
     }
 }

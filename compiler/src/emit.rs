@@ -183,6 +183,17 @@ impl Emitter<'_> {
         for region in &p.shared.regions {
             self.constant(&format!("k{}", region.name), region.at);
         }
+        if !p
+            .shared
+            .regions
+            .iter()
+            .any(|region| region.name == "Stream")
+        {
+            line!(
+                self,
+                "  static constexpr int kStream = 0;  // no step keeps the whole stream"
+            );
+        }
         line!(self, "}};");
         line!(self);
     }
@@ -405,7 +416,7 @@ impl Emitter<'_> {
             line!(self, "    }}");
         }
         match step.stream {
-            StreamForm::Replicated => line!(self, "    Replicated<{shared}, Mesh, C> stream;"),
+            StreamForm::Replicated => line!(self, "    Replicated<{shared}, Mesh, C> stream(x);"),
             StreamForm::Scattered => line!(self, "    Scattered<{shared}, Mesh, C> stream(x.at);"),
         }
         line!(

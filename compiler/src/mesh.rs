@@ -104,6 +104,12 @@ impl Placement {
             members: Split::Columns,
         },
     ];
+
+    /// Into how many parts the rows are split.
+    pub fn row_parts(&self, mesh: &Mesh) -> usize {
+        let along = |split: Split, size: usize| if split == Split::Rows { size } else { 1 };
+        along(self.groups, mesh.groups) * along(self.members, mesh.members)
+    }
 }
 
 impl fmt::Display for Placement {

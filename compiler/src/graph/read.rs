@@ -197,7 +197,11 @@ fn explain(
         )
         .help("compiler/src/ops says what the fields of an operator take"),
         other => {
-            let message = other.to_string();
+            // ron would have the reader set an option of its own.
+            let message = match other {
+                ExceededRecursionLimit => "it is nested too deeply for a graph".to_owned(),
+                other => other.to_string(),
+            };
             let mut first = message.chars();
             let message: String = first
                 .next()

@@ -100,9 +100,12 @@ impl Plan {
     /// 3. A linear with a SwiGLU splits rows only: the epilogue is not linear in the products.
     /// 4. A linear that reads the residual stream splits rows only: every worker prepares the whole stream.
     /// 5. The groups divide the KV heads, and the linear that makes q, k and v splits rows over them.
+    /// 6. Every worker has rows of the linears that write the residual stream: by waiting for those, each keeps step with
+    ///    all others. One without rows could lag a layer behind and miss words that are overwritten.
     pub fn verify(&self, graph: &crate::fuse::FusedGraph) -> Result<(), String> {
         use crate::fuse::{Epilogue, FusedNode, Input};
         use crate::mesh::Split;
+        use crate::program::TILE;
         if self.placements.len() != graph.layer.len() {
             return Err(format!(
                 "{} placements for {} nodes",
@@ -142,6 +145,14 @@ impl Plan {
                         return Err(format!(
                             "{}: a group's heads would be partial sums",
                             node.name
+                        ));
+                    }
+                    let parts = placement.row_parts(&self.mesh);
+                    if linear.epilogue == Epilogue::AddResidual && graph.hidden / TILE < parts {
+                        return Err(format!(
+                            "{}: {} row tiles over {parts} workers leave some without any",
+                            node.name,
+                            graph.hidden / TILE
                         ));
                     }
                     if linear.epilogue == Epilogue::AddResidual

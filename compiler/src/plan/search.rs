@@ -39,8 +39,8 @@ pub enum PlanError {
     Program(#[from] ProgramError),
 }
 
-/// Registers a thread may give to the replicated residual stream.
-const STREAM_REGISTERS: usize = 48;
+/// Words of the replicated residual stream that a thread may keep: 48 KB of shared memory for all of them.
+const STREAM_WORDS: usize = 8;
 /// How many of the cheapest plans are tried for fit before giving up.
 const TRIES: usize = 4096;
 
@@ -259,13 +259,13 @@ impl Search<'_> {
             .collect()
     }
 
-    /// Units of the residual stream that its readers take side by side, for one column.
+    /// Units of the residual stream that its readers take side by side, for one column; never too few.
     fn stream_units(&self, frame: &Frame<'_>) -> usize {
         let placement = self.stream_placement(frame);
-        let producers =
-            axis(placement.groups, frame.mesh.groups) * axis(placement.members, frame.mesh.members);
-        producers * (self.graph.hidden / TILE).div_ceil(producers).max(1) * TILE / VALUES_PER_WORD
-            + producers
+        let producers = placement.row_parts(&frame.mesh);
+        // At most: a pass of one tile wastes the most of its last word.
+        let tiles = (self.graph.hidden / TILE).div_ceil(producers).max(1);
+        producers * tiles * TILE.div_ceil(VALUES_PER_WORD)
     }
 
     fn stream_placement(&self, frame: &Frame<'_>) -> Placement {
@@ -284,6 +284,10 @@ impl Search<'_> {
     }
 
     fn stream_fits(&self, frame: &Frame<'_>, columns: usize, form: StreamForm) -> bool {
+        // A worker without rows of the stream's writers would not keep step with the others (`Plan::verify`).
+        if self.stream_placement(frame).row_parts(&frame.mesh) > self.graph.hidden / TILE {
+            return false;
+        }
         let units = self.stream_units(frame);
         let threads = CONSUMER_WARPS * 32;
         match form {
@@ -291,7 +295,7 @@ impl Search<'_> {
                 let per_thread = (columns * units)
                     .div_ceil(threads)
                     .max(columns.div_ceil(CONSUMER_WARPS));
-                per_thread * VALUES_PER_WORD <= STREAM_REGISTERS
+                per_thread <= STREAM_WORDS
             }
             StreamForm::Scattered => (columns * units).div_ceil(frame.mesh.workers()) <= threads,
         }
@@ -451,11 +455,9 @@ impl Search<'_> {
     }
 }
 
-/// Coordinates of an axis whose values lie side by side.
-fn axis(split: Split, size: usize) -> usize {
-    if split == Split::Rows { size } else { 1 }
-}
-
 fn divisors(n: usize) -> Vec<usize> {
     (1..=n).filter(|d| n.is_multiple_of(*d)).collect()
 }
+
+#[cfg(test)]
+mod tests;

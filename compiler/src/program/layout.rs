@@ -6,8 +6,11 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Attention, CONSUMER_WARPS, ExchangeLayout, Linear, Ring, Step, WORD_BYTES};
+use super::{
+    Attention, CONSUMER_WARPS, ExchangeLayout, Linear, Ring, Step, VALUES_PER_WORD, WORD_BYTES,
+};
 use crate::mesh::Mesh;
+use crate::plan::StreamForm;
 
 /// A region of a CTA's shared memory, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,12 +49,13 @@ fn padded(width: usize) -> usize {
     width + 8
 }
 
-/// Bytes of everything in shared memory but the ring's pages.
+/// Bytes of everything in shared memory but the ring's pages. `stream_units`: words of a column of the residual stream.
 pub(super) fn regions(
     linears: &[Linear],
     head: &Linear,
     attention: &Attention,
     steps: [&Step; 2],
+    stream_units: usize,
 ) -> Vec<(&'static str, usize)> {
     let columns = steps.iter().map(|step| step.columns).max().unwrap_or(1);
     let decode = steps[1].columns;
@@ -66,22 +70,36 @@ pub(super) fn regions(
         linear.tiling.warp_k() * columns * (linear.tiling.pass_tiles * 16 + 4) * 4
     };
     let warp_results = CONSUMER_WARPS * attention.heads_per_task * (attention.head_dim + 4) * 4;
-    // Candidates of the warps, the winners and the stop flag; then the sampler's histograms and thresholds.
-    let sampling = 8 * (decode * CONSUMER_WARPS + decode + 1) + decode * (2 * 256 * 4 + 4 + 4 + 8);
+    // Candidates of the warps, the winners and the stop flag (`device/head.cuh`).
+    let candidates = 8 * (decode * CONSUMER_WARPS + decode + 1);
+    // The sampler's histograms and thresholds take the activation's place (`device/sampling.cuh`).
+    let sampling = decode * (2 * 256 * 4 + 4 + 4 + 8);
     let scratch = linears
         .iter()
         .map(products)
-        .chain([warp_results, sampling])
+        .chain([warp_results, candidates])
         .max()
         .unwrap_or(0);
-    vec![
+    // Units of a thread, by all threads (`device/residual.cuh`, `Replicated`).
+    let stream = |step: &&Step| {
+        let of_column = CONSUMER_WARPS.div_ceil(step.columns) * 32;
+        let units = step.columns.div_ceil(CONSUMER_WARPS) * stream_units.div_ceil(of_column);
+        units * VALUES_PER_WORD * 4 * CONSUMER_WARPS * 32
+    };
+    let replicated = steps
+        .iter()
+        .filter(|step| step.stream == StreamForm::Replicated);
+    let stream = replicated.map(stream).max();
+    let mut regions = vec![
         ("RingStorage", 16 * MAX_PAGES + 16),
         ("Columns", super::super::plan::Target::MAX_COLUMNS * 24),
         ("SumSquares", columns * CONSUMER_WARPS * 4),
         ("Rope", columns * attention.head_dim / 2 * 8),
         ("Scratch", scratch),
-        ("Activation", columns * padded(width) * 2),
-    ]
+        ("Activation", sampling.max(columns * padded(width) * 2)),
+    ];
+    regions.extend(stream.map(|bytes| ("Stream", bytes)));
+    regions
 }
 
 /// Pages beyond these no longer help (H100: a ring of 8 pages of 16 KB is as fast as one of 12).

@@ -185,12 +185,13 @@ impl Lowering<'_> {
         for step in [&mut prefill, &mut decode] {
             step.layer = layer.phases(step.stream, &gathered)?;
         }
-        let stream_words = gathered.first().map_or(0, |&(l, _)| {
-            side_by_side(&stream_exchange(l, &linears[l]), mesh) * columns * linears[l].words()
+        let stream_units = gathered.first().map_or(0, |&(l, _)| {
+            side_by_side(&stream_exchange(l, &linears[l]), mesh) * linears[l].words()
         });
-        let exchange = words.finish(mesh, stream_words, decode.columns);
+        let exchange = words.finish(mesh, stream_units * columns, decode.columns);
 
-        let regions = layout::regions(&linears, &head, &attention, [&prefill, &decode]);
+        let steps = [&prefill, &decode];
+        let regions = layout::regions(&linears, &head, &attention, steps, stream_units);
         let page = linears
             .iter()
             .chain([&head])
@@ -406,7 +407,7 @@ const EMPTY_TILING: Tiling = Tiling {
 };
 
 fn tile(node: &str, what: &'static str, size: usize, multiple: usize) -> Result<(), ProgramError> {
-    if size == 0 || size % multiple != 0 {
+    if size == 0 || !size.is_multiple_of(multiple) {
         return Err(ProgramError::Tile {
             node: node.to_owned(),
             what,

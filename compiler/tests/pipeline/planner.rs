@@ -1,5 +1,7 @@
 //! A plan is found for every model, GPU and batch, it verifies, and it is not the same for all of them.
 
+use std::time::{Duration, Instant};
+
 use mirage_compiler::arch::Arch;
 use mirage_compiler::mesh::{Placement, Split};
 use mirage_compiler::plan::{PlanError, StreamForm, Target};
@@ -41,7 +43,7 @@ fn qwen3_0_6b_has_plans() {
 
 #[test]
 fn qwen3_1_7b_has_plans() {
-    check_all_targets("1.7B", &[(Arch::Sm120a, 16)]);
+    check_all_targets("1.7B", &[]);
 }
 
 #[test]
@@ -51,7 +53,7 @@ fn qwen3_4b_has_plans() {
 
 #[test]
 fn qwen3_8b_has_plans() {
-    check_all_targets("8B", &[(Arch::Sm80, 16), (Arch::Sm120a, 16)]);
+    check_all_targets("8B", &[(Arch::Sm120a, 16)]);
 }
 
 #[test]
@@ -72,7 +74,7 @@ fn qwen3_32b_has_plans() {
 
 #[test]
 fn llama3_has_plans() {
-    check_all_targets("llama3", &[(Arch::Sm120a, 16)]);
+    check_all_targets("llama3", &[]);
 }
 
 #[test]
@@ -128,4 +130,19 @@ fn batches_and_contexts_out_of_range_are_refused() {
             max_seq: usize::MAX
         }
     );
+}
+
+/// Programs are verified at every compilation, so it must not take long.
+#[test]
+fn verification_is_quick() {
+    let (_, program) = compile("0.6B", Arch::Sm90a, 1);
+    let quickest = (0..3)
+        .map(|_| {
+            let start = Instant::now();
+            program.verify().unwrap();
+            start.elapsed()
+        })
+        .min();
+    let limit = Duration::from_secs(if cfg!(debug_assertions) { 3 } else { 1 });
+    assert!(quickest < Some(limit), "{quickest:?}");
 }

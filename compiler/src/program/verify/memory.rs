@@ -64,7 +64,7 @@ pub(super) fn check_norms(program: &Program) -> Result<(), Violation> {
             .iter()
             .any(|&(weight, at)| at == gamma_at && length(weight) == width);
         ensure(
-            there && gamma_at % 2 == 0 && gamma_stride == norms.layer_stride,
+            there && gamma_at.is_multiple_of(2) && gamma_stride == norms.layer_stride,
             Rule::Norms,
             name,
             || format!("no gamma of {width} elements at {gamma_at}, every {gamma_stride}"),
@@ -73,7 +73,7 @@ pub(super) fn check_norms(program: &Program) -> Result<(), Violation> {
     let last_at = program.layers * norms.layer_stride;
     let last = norms.last.map_or(0, length);
     if let Some(norm) = program.head.norm {
-        let there = norm.gamma_at == last_at && last == program.hidden && last_at % 2 == 0;
+        let there = norm.gamma_at == last_at && last == program.hidden && last_at.is_multiple_of(2);
         ensure(there, Rule::Norms, &program.head.name, || {
             format!(
                 "no gamma of {} elements at {}",
@@ -193,7 +193,7 @@ pub(super) fn check_shared(program: &Program) -> Result<(), Violation> {
         ensure(region.bytes >= size, Rule::Shared, name, || {
             format!("{} B; its phases keep {size} B there", region.bytes)
         })?;
-        ensure(region.at % ALIGN == 0, Rule::Shared, name, || {
+        ensure(region.at.is_multiple_of(ALIGN), Rule::Shared, name, || {
             format!("it begins at {}", region.at)
         })?;
     }
@@ -217,9 +217,10 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
     });
     // attention.cuh, WarpResult: a head's values, maximum and sum of every warp, f32, padded to four.
     let results = CONSUMER_WARPS * a.heads_per_task * (a.head_dim + 4) * 4;
-    // head.cuh and sampling.cuh: candidates of the warps, the winners, a flag; per column two histograms, a prefix, a
-    // floor and a 64-bit target.
-    let sampling = 8 * (decode * CONSUMER_WARPS + decode + 1) + decode * (2 * 256 * 4 + 4 + 4 + 8);
+    // head.cuh: candidates of the warps, the winners, a flag.
+    let candidates = 8 * (decode * CONSUMER_WARPS + decode + 1);
+    // sampling.cuh, in place of the activation: per column two histograms, a prefix, a floor and a 64-bit target.
+    let sampling = decode * (2 * 256 * 4 + 4 + 4 + 8);
     // context.cuh, padded: a row of bf16 has 16 bytes more than it holds.
     let row = |width: usize| (width + 8) * 2;
     let operands = program
@@ -228,7 +229,20 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
         .map(|linear| columns * row(linear.width()));
     let heads = columns * row(a.width());
     let head = decode * row(program.head.width());
-    vec![
+    // residual.cuh, Replicated: six f32 of every unit of a thread, threads innermost.
+    let stream = program.steps().into_iter().filter_map(|(_, step)| {
+        let exchange = step.layer.iter().find_map(|phase| match phase {
+            Phase::AddToStream { exchange, .. } => Some(exchange),
+            _ => None,
+        })?;
+        let words = program.linears.get(exchange.source)?.words();
+        let units = views::producers(program, exchange, (0, 0)).len() * words;
+        let lanes = (CONSUMER_WARPS / step.columns).max(1) * 32;
+        let rounds = (step.columns / CONSUMER_WARPS).max(1) * units.div_ceil(lanes);
+        Some(rounds * 6 * 4 * CONSUMER_WARPS * 32)
+    });
+    let stream = stream.max().map(|bytes| ("Stream", bytes));
+    let mut needs = vec![
         ("Pages", program.ring.pages * program.ring.page_bytes),
         ("RingStorage", program.ring.pages * 16 + 4),
         // Slot, position, token, first: 4 bytes each; a pointer.
@@ -237,11 +251,13 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
         ("Rope", columns * a.head_dim / 2 * 8),
         (
             "Scratch",
-            products.chain([results, sampling]).max().unwrap_or(0),
+            products.chain([results, candidates]).max().unwrap_or(0),
         ),
         (
             "Activation",
-            operands.chain([heads, head]).max().unwrap_or(0),
+            operands.chain([heads, head, sampling]).max().unwrap_or(0),
         ),
-    ]
+    ];
+    needs.extend(stream);
+    needs
 }

@@ -47,21 +47,14 @@ struct Published {
 struct Trace<'a> {
     program: &'a Program,
     clocks: Vec<Clock>,
-    words: HashMap<(Buffer, usize), Published>,
+    /// By CTA.
+    words: HashMap<Buffer, Vec<Option<Published>>>,
     now: u32,
     place: String,
 }
 
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
-    let ctas = program.mesh.ctas;
-    let start: Clock = vec![0; ctas].into();
-    let mut trace = Trace {
-        program,
-        clocks: vec![start; ctas],
-        words: HashMap::new(),
-        now: 0,
-        place: String::new(),
-    };
+    let mut trace = Trace::new(program);
     let mut epoch = 0;
     for _ in 0..2 {
         trace.layers("prefill", &program.prefill, epoch)?;
@@ -93,7 +86,19 @@ pub(super) fn check(program: &Program) -> Result<(), Violation> {
     Ok(())
 }
 
-impl Trace<'_> {
+impl<'a> Trace<'a> {
+    fn new(program: &'a Program) -> Self {
+        let ctas = program.mesh.ctas;
+        let start: Clock = vec![0; ctas].into();
+        Trace {
+            program,
+            clocks: vec![start; ctas],
+            words: HashMap::new(),
+            now: 0,
+            place: String::new(),
+        }
+    }
+
     fn layers(&mut self, name: &str, step: &Step, epoch: u64) -> Result<(), Violation> {
         let last = self.program.layers - 1;
         let layers = if last == 0 { vec![0] } else { vec![0, last] };
@@ -314,7 +319,7 @@ impl Trace<'_> {
         clock: Clock,
         epoch: u64,
     ) -> Result<(), Violation> {
-        if let Some(old) = self.words.get(&(buffer, cta)) {
+        if let Some(Some(old)) = self.words.get(&buffer).map(|words| &words[cta]) {
             if old.epoch >= epoch {
                 return Err(self.violation(
                     Rule::Waits,
@@ -335,14 +340,16 @@ impl Trace<'_> {
                 ));
             }
         }
-        self.words.insert(
-            (buffer, cta),
-            Published {
-                epoch,
-                clock,
-                readers: Vec::new(),
-            },
-        );
+        let ctas = self.clocks.len();
+        let words = self
+            .words
+            .entry(buffer)
+            .or_insert_with(|| (0..ctas).map(|_| None).collect());
+        words[cta] = Some(Published {
+            epoch,
+            clock,
+            readers: Vec::new(),
+        });
         Ok(())
     }
 
@@ -357,23 +364,25 @@ impl Trace<'_> {
         known: &mut HashMap<(Option<usize>, Option<usize>), Clock>,
         key: (Option<usize>, Option<usize>),
     ) -> Result<(), Violation> {
+        let now = self.now;
+        let mut of_buffer = self.words.get_mut(&buffer);
         for &writer in writers {
-            let Some(words) = self
-                .words
-                .get_mut(&(buffer, writer))
-                .filter(|words| words.epoch == epoch)
-            else {
+            let words = of_buffer.as_mut().and_then(|words| words[writer].as_mut());
+            let Some(words) = words.filter(|words| words.epoch == epoch) else {
                 return Err(self.violation(
                     Rule::Waits,
                     format!("CTA {cta} waits for words of CTA {writer} in {buffer:?} that it does not publish before"),
                 ));
             };
-            words.readers.push((cta, self.now));
+            words.readers.push((cta, now));
         }
         let learnt = known.entry(key).or_insert_with(|| {
             let mut all = vec![0; self.clocks.len()];
-            for writer in writers {
-                join_clocks(&mut all, &self.words[&(buffer, *writer)].clock);
+            for words in writers
+                .iter()
+                .filter_map(|writer| of_buffer.as_ref()?[*writer].as_ref())
+            {
+                join_clocks(&mut all, &words.clock);
             }
             all.into()
         });
@@ -385,5 +394,52 @@ impl Trace<'_> {
 fn join_clocks(into: &mut [u32], other: &[u32]) {
     for (into, other) in into.iter_mut().zip(other) {
         *into = (*into).max(*other);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::program;
+    use super::*;
+
+    /// Two greedy steps whose candidates lie in these buffers.
+    fn two_steps(idle_ctas: bool, buffers: [Buffer; 2]) -> Result<(), Violation> {
+        let mut program = program(StreamForm::Replicated, StreamForm::Replicated);
+        if !idle_ctas {
+            program.mesh.ctas = program.mesh.workers();
+        }
+        let mut trace = Trace::new(&program);
+        for (buffer, epoch) in buffers.into_iter().zip([0, 100]) {
+            trace.layers("decode", &program.decode, epoch)?;
+            trace.idle(epoch)?;
+            trace.all(buffer, epoch + 99, "candidates")?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn idle_ctas_need_a_second_buffer_of_candidates() {
+        let one = [Buffer::Candidates(0), Buffer::Candidates(0)];
+        let violation = two_steps(true, one).unwrap_err();
+        assert_eq!(violation.rule, Rule::Reuse, "{violation}");
+        assert_eq!(
+            two_steps(true, [Buffer::Candidates(0), Buffer::Candidates(1)]),
+            Ok(())
+        );
+        // Workers keep step by the layers between.
+        assert_eq!(two_steps(false, one), Ok(()));
+    }
+
+    #[test]
+    fn words_that_hold_values_cannot_make_a_barrier() {
+        let program = program(StreamForm::Replicated, StreamForm::Replicated);
+        let twice = |buffer| {
+            let mut trace = Trace::new(&program);
+            trace
+                .all(buffer, 1, "first")
+                .and_then(|()| trace.all(buffer, 2, "second"))
+        };
+        assert_eq!(twice(Buffer::Samples).unwrap_err().rule, Rule::Reuse);
+        assert_eq!(twice(Buffer::Barrier), Ok(()));
     }
 }

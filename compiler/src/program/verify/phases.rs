@@ -107,12 +107,12 @@ fn check_attention(program: &Program) -> Result<(), Violation> {
         format!("heads of {} elements", a.head_dim)
     })?;
     steps(
-        a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0,
+        a.kv_heads > 0 && a.heads > 0 && a.heads.is_multiple_of(a.kv_heads),
         &|| format!("{} query heads on {} KV heads", a.heads, a.kv_heads),
     )?;
     let shared = a.heads / a.kv_heads;
     steps(
-        a.heads_per_task > 0 && shared % a.heads_per_task == 0 && a.heads_per_task <= 32,
+        a.heads_per_task > 0 && shared.is_multiple_of(a.heads_per_task) && a.heads_per_task <= 32,
         &|| {
             format!(
                 "{} heads a task where {shared} query heads share a KV head",

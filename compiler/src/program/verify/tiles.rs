@@ -15,7 +15,7 @@ pub(super) fn check(program: &Program) -> Result<(), Violation> {
         || format!("{} pages in flight of {}", ring.in_flight, ring.pages),
     )?;
     ensure(
-        ring.page_bytes > 0 && ring.page_bytes % TILE_BYTES == 0,
+        ring.page_bytes > 0 && ring.page_bytes.is_multiple_of(TILE_BYTES),
         Rule::Ring,
         "ring",
         || format!("pages of {} B are no whole tiles", ring.page_bytes),
@@ -104,12 +104,15 @@ fn check_rows(program: &Program, linear: &Linear) -> Result<(), Violation> {
         RowOrder::ByGroup { groups: of } => {
             of == groups
                 && linear.row_units == groups
-                && linear.parts.iter().all(|(_, rows)| rows % groups == 0)
+                && linear
+                    .parts
+                    .iter()
+                    .all(|(_, rows)| rows.is_multiple_of(groups))
                 && linear.epilogue != Epilogue::SwiGlu
         }
         RowOrder::Interleaved => {
             linear.epilogue == Epilogue::SwiGlu
-                && linear.unit_tiles % 2 == 0
+                && linear.unit_tiles.is_multiple_of(2)
                 && matches!(linear.parts[..], [(_, gate), (_, up)] if gate == up)
         }
     };
@@ -188,7 +191,7 @@ fn check_tiling(
         ensure(holds, Rule::Pages, &linear.name, message)
     };
     pages(
-        t.warp_rows > 0 && CONSUMER_WARPS % t.warp_rows == 0,
+        t.warp_rows > 0 && CONSUMER_WARPS.is_multiple_of(t.warp_rows),
         &|| format!("{} warp rows of {CONSUMER_WARPS} warps", t.warp_rows),
     )?;
     pages(
@@ -200,7 +203,7 @@ fn check_tiling(
             )
         },
     )?;
-    pages(t.page_k > 0 && t.page_k % t.warp_k() == 0, &|| {
+    pages(t.page_k > 0 && t.page_k.is_multiple_of(t.warp_k()), &|| {
         format!(
             "pages of {} column tiles for {} warps",
             t.page_k,
@@ -241,7 +244,7 @@ fn check_tiling(
     })?;
     let full_pages = slices
         .iter()
-        .all(|(_, s)| s.count == t.k && s.count % t.page_k == 0);
+        .all(|(_, s)| s.count == t.k && s.count.is_multiple_of(t.page_k));
     pages(!t.k_exact || full_pages, &|| {
         "columns are not exact: a slice leaves a page unfilled".to_owned()
     })

@@ -1,0 +1,50 @@
+//! Numbers that both the device library and Rust state: read from the `.cuh` files and compared.
+
+use std::collections::BTreeMap;
+
+use mirage_compiler::program::{CONSUMER_WARPS, THREADS, VALUES_PER_WORD};
+
+/// The constants of a header that are numbers, sums or products of what stands above them.
+fn constants(header: &str) -> BTreeMap<&str, usize> {
+    let mut known: BTreeMap<&str, usize> = BTreeMap::new();
+    for line in header.lines() {
+        let Some((name, value)) = line
+            .strip_prefix("constexpr int ")
+            .and_then(|line| line.split_once(';'))
+            .and_then(|(line, _)| line.split_once(" = "))
+        else {
+            continue;
+        };
+        let term = |term: &str| {
+            let factors = term.split(" * ");
+            let value = |factor: &str| factor.parse().ok().or(known.get(factor).copied());
+            factors.map(value).product::<Option<usize>>()
+        };
+        if let Some(value) = value.split(" + ").map(term).sum::<Option<usize>>() {
+            known.insert(name, value);
+        }
+    }
+    known
+}
+
+#[track_caller]
+fn check(header: &str, name: &str, expect: usize) {
+    assert_eq!(constants(header).get(name), Some(&expect), "{name}");
+}
+
+#[test]
+fn the_device_library_agrees() {
+    let prelude = include_str!("../device/prelude.cuh");
+    check(prelude, "kConsumerWarps", CONSUMER_WARPS);
+    check(prelude, "kThreads", THREADS);
+    let words = include_str!("../device/words.cuh");
+    check(words, "kValuesPerWord", VALUES_PER_WORD);
+}
+
+#[test]
+fn constants_are_read() {
+    let header = "constexpr int kA = 3;\nconstexpr int kB = kA * 4 + kA;  // why\n  constexpr int kC = 1;\n\
+                  constexpr int kD = f(kA);\n";
+    let expect = BTreeMap::from([("kA", 3), ("kB", 15)]);
+    assert_eq!(constants(header), expect);
+}

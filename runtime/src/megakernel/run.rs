@@ -1,0 +1,338 @@
+//! One launch: what goes to the device, and what comes back while the kernel runs.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use mirage_compiler::program::{THREADS, step_epochs};
+
+use super::launch::{Params, PrefillColumn, Sequence};
+use super::{Megakernel, MegakernelError};
+use crate::generate::{
+    CancelHandle, Event, Executor, FinishReason, GenerateError, GenerateRequest, Limits, Logits,
+    PrefillSequence, prefill_steps,
+};
+use crate::gpu::{self, DeviceBuffer, GpuError, LaunchConfig};
+
+/// How long the host sleeps when no token has come: short beside a step, long enough to leave the core to others.
+const POLL: Duration = Duration::from_micros(20);
+
+impl Executor for Megakernel {
+    fn limits(&self) -> Limits {
+        Limits::of(&self.program)
+    }
+
+    fn generate(
+        &mut self,
+        batch: &[GenerateRequest],
+        cancel: &CancelHandle,
+        on_event: &mut dyn FnMut(Event),
+    ) -> Result<(), GenerateError> {
+        self.limits().check(batch)?;
+        let launch: Vec<LaunchSequence<'_>> = batch
+            .iter()
+            .map(|request| LaunchSequence {
+                request,
+                first_decode: request.prompt.len() - 1,
+                logits_row: None,
+            })
+            .collect();
+        let mut progress: Vec<Progress<'_>> = batch.iter().map(Progress::new).collect();
+        let running = self.start(&launch, 0).map_err(executor)?;
+        loop {
+            // Asked before the tokens are read: what was made before the end is seen after it.
+            let done = running.is_done().map_err(executor)?;
+            if cancel.is_cancelled() {
+                running.cancel();
+            }
+            let mut idle = true;
+            for (sequence, progress) in progress.iter_mut().enumerate() {
+                while progress.reason.is_none() {
+                    let Some(token) = running.token(sequence, progress.made) else {
+                        break;
+                    };
+                    idle = false;
+                    let index = progress.made;
+                    on_event(Event::Token {
+                        sequence,
+                        index,
+                        token,
+                    });
+                    progress.push(token, running.model.program.max_seq);
+                    if let Some(reason) = progress.reason {
+                        on_event(Event::Finished { sequence, reason });
+                    }
+                }
+            }
+            if done {
+                break;
+            }
+            if idle {
+                std::thread::sleep(POLL);
+            }
+        }
+        running.finish().map_err(executor)?;
+        for (sequence, progress) in progress.iter().enumerate() {
+            if progress.reason.is_none() {
+                let reason = FinishReason::Cancelled;
+                on_event(Event::Finished { sequence, reason });
+            }
+        }
+        Ok(())
+    }
+
+    fn score(&mut self, sequences: &[Vec<u32>]) -> Result<Vec<Logits>, GenerateError> {
+        self.limits().check_sequences(sequences)?;
+        let vocab = self.program.vocab;
+        let requests: Vec<GenerateRequest> = sequences
+            .iter()
+            .map(|tokens| GenerateRequest::greedy(tokens.clone(), 1))
+            .collect();
+        let mut rows = 0;
+        let launch: Vec<LaunchSequence<'_>> = requests
+            .iter()
+            .map(|request| {
+                let row = rows;
+                rows += request.prompt.len();
+                LaunchSequence {
+                    request,
+                    first_decode: 0,
+                    logits_row: Some(row),
+                }
+            })
+            .collect();
+        let running = self.start(&launch, rows).map_err(executor)?;
+        let dump = running.finish().map_err(executor)?;
+        let mut all = dump.to_vec(&self.stream).map_err(executor)?;
+        let mut scored: Vec<Logits> = Vec::with_capacity(sequences.len());
+        for tokens in sequences {
+            let rest = all.split_off(tokens.len() * vocab);
+            scored.push(Logits { vocab, values: all });
+            all = rest;
+        }
+        Ok(scored)
+    }
+}
+
+fn executor<E: Into<MegakernelError>>(error: E) -> GenerateError {
+    GenerateError::Executor(Box::new(error.into()))
+}
+
+/// What the host has seen of a sequence.
+struct Progress<'a> {
+    request: &'a GenerateRequest,
+    made: usize,
+    reason: Option<FinishReason>,
+}
+
+impl<'a> Progress<'a> {
+    fn new(request: &'a GenerateRequest) -> Progress<'a> {
+        Progress {
+            request,
+            made: 0,
+            reason: None,
+        }
+    }
+
+    /// Follows the kernel's own rules (`device/generate.cuh`, `advance`).
+    fn push(&mut self, token: u32, context: usize) {
+        self.made += 1;
+        if self.request.stop_tokens.contains(&token) {
+            self.reason = Some(FinishReason::Stop);
+        } else if self.made >= self.request.max_new_tokens {
+            self.reason = Some(FinishReason::Length);
+        } else if self.request.prompt.len() + self.made > context {
+            self.reason = Some(FinishReason::Context);
+        }
+    }
+}
+
+/// One sequence of a launch.
+struct LaunchSequence<'a> {
+    request: &'a GenerateRequest,
+    /// Position of its first decode step; those before come through prefill steps.
+    first_decode: usize,
+    /// Row of the logits dump for position 0.
+    logits_row: Option<usize>,
+}
+
+impl Megakernel {
+    /// Starts the kernel. The sequences were checked against the limits; `rows` of logits are dumped.
+    fn start(
+        &mut self,
+        batch: &[LaunchSequence<'_>],
+        rows: usize,
+    ) -> Result<Running<'_>, MegakernelError> {
+        let (slots, context) = (self.program.slots, self.program.max_seq);
+        let mut prompts = vec![0; slots * context];
+        let mut stop_tokens = Vec::new();
+        let mut sequences = Vec::with_capacity(batch.len());
+        for (slot, sequence) in batch.iter().enumerate() {
+            let request = sequence.request;
+            prompts[slot * context..][..request.prompt.len()].copy_from_slice(&request.prompt);
+            let temperature = request.sampling.temperature;
+            sequences.push(Sequence {
+                prompt_length: request.prompt.len() as u32,
+                first_decode: sequence.first_decode as u32,
+                max_new: u32::try_from(request.max_new_tokens).unwrap_or(u32::MAX),
+                top_k: request.sampling.top_k,
+                inverse_temperature: if temperature > 0.0 {
+                    1.0 / temperature
+                } else {
+                    0.0
+                },
+                top_p: request.sampling.top_p,
+                seed: request.sampling.seed,
+                stream: request.stream,
+                logits_row: sequence.logits_row.map_or(-1, |row| row as i32),
+                stop_begin: stop_tokens.len() as u32,
+                stop_count: request.stop_tokens.len() as u32,
+            });
+            stop_tokens.extend(&request.stop_tokens);
+        }
+        let prefill: Vec<PrefillSequence<'_>> = batch
+            .iter()
+            .map(|sequence| PrefillSequence {
+                prompt: &sequence.request.prompt,
+                first_decode: sequence.first_decode,
+            })
+            .collect();
+        let steps = prefill_steps(&prefill, self.program.prefill.columns);
+        let columns: Vec<PrefillColumn> = steps
+            .iter()
+            .flatten()
+            .copied()
+            .map(PrefillColumn::from)
+            .collect();
+        let decode_steps = batch
+            .iter()
+            .map(|s| {
+                let last = s.request.prompt.len() + s.request.max_new_tokens.min(context);
+                last - s.first_decode
+            })
+            .max()
+            .unwrap_or(0);
+        let epochs = (steps.len() + decode_steps + 1) * step_epochs(self.program.layers);
+        // Steps are at most twice 2^20, layers at most 2^10: the product needs 64 bits only in theory.
+        let epochs = u32::try_from(epochs).unwrap_or(u32::MAX);
+        if self
+            .epoch
+            .checked_add(epochs)
+            .is_none_or(|last| last > i32::MAX as u32)
+        {
+            // Epochs start anew; no word may carry one of the old ones.
+            self.exchange.clear(&self.stream)?;
+            self.epoch = 0;
+        }
+        for word in self.tokens_out.atomics() {
+            word.store(0, Ordering::Relaxed);
+        }
+        self.cancel.write(0, 0);
+
+        let data = LaunchData {
+            prompts: DeviceBuffer::from_slice(&self.gpu, &prompts)?,
+            sequences: DeviceBuffer::from_slice(&self.gpu, &sequences)?,
+            prefill: DeviceBuffer::from_slice(&self.gpu, &columns)?,
+            stop_tokens: DeviceBuffer::from_slice(&self.gpu, &stop_tokens)?,
+            logits_dump: DeviceBuffer::zeroed(&self.gpu, rows * self.program.vocab)?,
+        };
+        let params = Params {
+            weights: self.weights.device_pointer(),
+            stream_offsets: self.stream_offsets.device_pointer(),
+            embedding: self.embedding.device_pointer(),
+            norms: self.norms.device_pointer(),
+            rope: self.rope.device_pointer(),
+            keys: self.keys.device_pointer(),
+            values: self.values.device_pointer(),
+            exchange: self.exchange.device_pointer(),
+            logits: self.logits.device_pointer(),
+            logits_dump: data.logits_dump.device_pointer(),
+            prompts: data.prompts.device_pointer(),
+            sequences: data.sequences.device_pointer(),
+            prefill: data.prefill.device_pointer(),
+            stop_tokens: data.stop_tokens.device_pointer(),
+            tokens_out: self.tokens_out.device_pointer(),
+            cancel: self.cancel.device_pointer(),
+            prefill_steps: steps.len() as u32,
+            batch: batch.len() as u32,
+            epoch: self.epoch,
+            unused: 0,
+        };
+        self.epoch = self.epoch.saturating_add(epochs);
+        let config = LaunchConfig {
+            grid: [self.program.mesh.ctas as u32, 1, 1],
+            block: [THREADS as u32, 1, 1],
+            dynamic_shared_bytes: self.program.shared.bytes as u32,
+        };
+        let (begin, end) = (gpu::Event::new(&self.gpu)?, gpu::Event::new(&self.gpu)?);
+        begin.record(&self.stream)?;
+        // SAFETY: `Params` is the twin of the kernel's parameter; all buffers have the sizes the program gives them, and
+        // live in `self` and in `data`, which `Running` holds until the stream has passed the kernel.
+        unsafe {
+            self.function
+                .launch_cooperative(&self.stream, config, &params)?;
+        }
+        end.record(&self.stream)?;
+        Ok(Running {
+            model: self,
+            data: Some(data),
+            begin,
+            end,
+        })
+    }
+}
+
+/// Device memory that lives as long as a launch.
+struct LaunchData {
+    prompts: DeviceBuffer<u32>,
+    sequences: DeviceBuffer<Sequence>,
+    prefill: DeviceBuffer<PrefillColumn>,
+    stop_tokens: DeviceBuffer<u32>,
+    logits_dump: DeviceBuffer<f32>,
+}
+
+/// A kernel under way. Dropping it cancels it and waits.
+struct Running<'a> {
+    model: &'a mut Megakernel,
+    data: Option<LaunchData>,
+    begin: gpu::Event,
+    end: gpu::Event,
+}
+
+impl Running<'_> {
+    /// Token `index` of sequence `slot`, once it is made.
+    fn token(&self, slot: usize, index: usize) -> Option<u32> {
+        let at = slot * self.model.program.max_seq + index;
+        let word = self.model.tokens_out.atomics().get(at)?;
+        word.load(Ordering::Acquire).checked_sub(1)
+    }
+
+    /// Whether the kernel has ended. A fault of the kernel is an error here.
+    fn is_done(&self) -> Result<bool, GpuError> {
+        self.end.is_passed()
+    }
+
+    /// Asks the kernel to end after the decode step under way.
+    fn cancel(&self) {
+        self.model.cancel.write(0, 1);
+    }
+
+    /// Waits for the end and hands over the dumped logits.
+    fn finish(mut self) -> Result<DeviceBuffer<f32>, MegakernelError> {
+        self.end.synchronize()?;
+        self.model.kernel_ms = Some(self.end.milliseconds_since(&self.begin)?);
+        match self.data.take() {
+            Some(data) => Ok(data.logits_dump),
+            None => Ok(DeviceBuffer::zeroed(&self.model.gpu, 0)?),
+        }
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if self.data.is_some() {
+            self.cancel();
+            // A failure here has its cause in the kernel, and shows at the next call on the device.
+            let _ = self.end.synchronize();
+        }
+    }
+}
