@@ -143,24 +143,35 @@ pub fn facts(kind: DeviceKind, probe: &dyn Probe) -> DeviceFacts {
         host_threads: available_parallelism().map_or(1, usize::from),
         os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         bandwidth_gb_s: None,
-        before: if kind == DeviceKind::Cuda {
-            probe.state()
-        } else {
-            None
-        },
+        before: None,
         after: None,
-        warnings: Vec::new(),
+        warnings: match kind {
+            DeviceKind::Cuda => in_use(probe.state().as_ref()),
+            DeviceKind::Cpu => Vec::new(),
+        },
     }
 }
 
-/// Notes the state after the last measurement, and what is wrong with the two.
-pub fn finish(facts: &mut DeviceFacts, probe: &dyn Probe) {
+/// Notes the states after the first run and after the last one, and what is wrong with the two. The first run has raised
+/// the clocks: those of an idle GPU say nothing.
+pub fn finish(facts: &mut DeviceFacts, first: Option<DeviceState>, probe: &dyn Probe) {
     if facts.kind == DeviceKind::Cuda {
+        facts.before = first;
         facts.after = probe.state();
     }
-    facts
-        .warnings
-        .extend(warnings(facts.before.as_ref(), facts.after.as_ref()));
+    let found = warnings(facts.before.as_ref(), facts.after.as_ref());
+    facts.warnings.extend(found);
+}
+
+/// A warning where others use the GPU.
+fn in_use(idle: Option<&DeviceState>) -> Vec<String> {
+    let used = idle.and_then(|state| state.utilization_percent);
+    used.filter(|used| *used > 5.0)
+        .map(|used| {
+            format!("the GPU was {used:.0} % in use before the run; close other GPU processes")
+        })
+        .into_iter()
+        .collect()
 }
 
 fn cpu_name(cpuinfo: &str) -> Option<String> {
@@ -176,18 +187,16 @@ fn warnings(before: Option<&DeviceState>, after: Option<&DeviceState>) -> Vec<St
     let (Some(before), Some(after)) = (before, after) else {
         return warnings;
     };
-    // The SM clock is idle before the run; the memory clock of a data centre GPU does not move.
-    if let (Some(was), Some(is)) = (before.memory_clock_mhz, after.memory_clock_mhz) {
-        if (is - was).abs() > CLOCK_TOLERANCE * was {
+    for (clock, was, is) in [
+        ("memory", before.memory_clock_mhz, after.memory_clock_mhz),
+        ("SM", before.sm_clock_mhz, after.sm_clock_mhz),
+    ] {
+        let moved = was
+            .zip(is)
+            .filter(|(was, is)| (is - was).abs() > CLOCK_TOLERANCE * was);
+        if let Some((was, is)) = moved {
             warnings.push(format!(
-                "the memory clock moved from {was:.0} to {is:.0} MHz during the run"
-            ));
-        }
-    }
-    if let (Some(was), Some(is)) = (before.sm_clock_mhz, after.sm_clock_mhz) {
-        if (is - was).abs() > CLOCK_TOLERANCE * was {
-            warnings.push(format!(
-                "the SM clock moved from {was:.0} to {is:.0} MHz between start and end"
+                "the {clock} clock moved from {was:.0} to {is:.0} MHz during the run"
             ));
         }
     }
@@ -198,11 +207,6 @@ fn warnings(before: Option<&DeviceState>, after: Option<&DeviceState>) -> Vec<St
                 "clocks are held down (reasons {reasons}): power, heat or hardware"
             ));
         }
-    }
-    if let Some(used) = before.utilization_percent.filter(|used| *used > 5.0) {
-        warnings.push(format!(
-            "the GPU was {used:.0} % in use before the run; close other GPU processes"
-        ));
     }
     warnings
 }
@@ -254,11 +258,10 @@ mod tests {
             ),
             1
         );
-        assert_eq!(
-            check(state(1980.0, "0x0", 60.0), state(1980.0, "0x0", 0.0)),
-            1
-        );
         assert!(warnings(None, None).is_empty());
+        assert_eq!(in_use(Some(&state(1980.0, "0x0", 60.0))).len(), 1);
+        assert_eq!(in_use(Some(&state(1980.0, "0x0", 0.0))).len(), 0);
+        assert_eq!(in_use(None).len(), 0);
     }
 
     #[test]

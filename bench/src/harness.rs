@@ -12,8 +12,8 @@ use crate::side::{Interrupt, Shape, Side, SideError};
 use crate::workload::{Answer, Workload};
 
 /// What to do when memory does not suffice: the guide's advice.
-pub const NO_ROOM_ADVICE: &str =
-    "use smaller --batch-sizes (for example 1 2 4) or a smaller --max-tokens";
+pub const NO_ROOM_ADVICE: &str = "use smaller --batch-sizes (for example 1 2 4), a smaller --max-tokens, or one side at a time \
+    (--skip-baseline)";
 
 /// The run's shape.
 #[derive(Clone, Debug, PartialEq)]

@@ -17,12 +17,9 @@ pub struct Step {
 
 /// Keys of the baselines from the plainest, and what the rung after it no longer pays.
 const RUNGS: [(&str, &str); 3] = [
-    ("b0", "launch overhead: the same launches from a CUDA graph"),
+    ("b0", "launch overhead: the same in a CUDA graph"),
     ("b1", "memory round trips: fused phases"),
-    (
-        "b2",
-        "persistence and overlap: one kernel, weights streamed ahead of their use",
-    ),
+    ("b2", "persistence and overlap: one streaming kernel"),
 ];
 
 /// The waterfall of a point, from its plainest baseline to mirage and the floor; empty without both.

@@ -72,9 +72,9 @@ pub struct DeviceFacts {
     pub os: String,
     /// Streaming read bandwidth in GB/s, measured in this run.
     pub bandwidth_gb_s: Option<f64>,
-    /// State before the first measurement, of a GPU.
+    /// State after the first run, with its clocks raised, of a GPU.
     pub before: Option<DeviceState>,
-    /// State after the last one.
+    /// State after the last run.
     pub after: Option<DeviceState>,
     /// What about the state makes the numbers doubtful.
     pub warnings: Vec<String>,
@@ -417,10 +417,14 @@ impl Results {
         self.sides.iter().find(|side| side.key == key)
     }
 
-    /// The side that the headline is against: the strongest baseline, which comes last among them, else an external one.
+    /// The side that the headline is against: the per-op baseline in a CUDA graph, else the plainest baseline there is, else
+    /// an external engine. Never our own fused phases (`b2`) where there is another: they are half of mirage.
     pub fn headline(&self) -> Option<&SideFacts> {
-        let of = |role| self.sides.iter().rev().find(|side| side.role == role);
-        of(Role::Baseline).or_else(|| of(Role::External))
+        let baseline = |side: &&SideFacts| side.role == Role::Baseline;
+        let graph = self.side("b1").filter(baseline);
+        graph
+            .or_else(|| self.sides.iter().find(baseline))
+            .or_else(|| self.sides.iter().find(|side| side.role == Role::External))
     }
 }
 

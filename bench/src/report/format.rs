@@ -116,7 +116,8 @@ pub fn crossover(results: &Results) -> Vec<String> {
             slower.join("; ")
         ));
     }
-    if !open.is_empty() && !(faster.is_empty() && slower.is_empty()) {
+    let decided = !faster.is_empty() || !slower.is_empty();
+    if decided && !open.is_empty() {
         lines.push(format!(
             "No difference to {} is shown at {}.",
             headline.label,

@@ -5,6 +5,10 @@
 pub mod format;
 pub mod html;
 pub mod json;
+mod lines;
 pub mod markdown;
 pub mod svg;
 pub mod text;
+
+#[cfg(test)]
+mod tests;

@@ -7,10 +7,15 @@
 use std::fmt::Write as _;
 
 /// Width of every chart.
-const WIDTH: f64 = 480.0;
+const WIDTH: f64 = 400.0;
 /// Room at the left for the axis.
 const LEFT: f64 = 58.0;
 const RIGHT: f64 = 14.0;
+
+/// Height of a row of bars: its label and the bar.
+const ROW: f64 = 40.0;
+/// Longest label of a legend in two columns.
+const SHORT_LABEL: usize = 20;
 
 /// Kinds of marker, dash and hatching there are; series beyond repeat them.
 const STYLES: usize = 5;
@@ -85,7 +90,9 @@ pub fn escape(text: &str) -> String {
 
 /// Lines over named places (batch sizes), from 0 up, with a legend above.
 pub fn lines(title: &str, unit: &str, places: &[String], series: &[Series]) -> String {
-    let legend_rows = series.len().div_ceil(2);
+    let short = |series: &Series| series.label.chars().count() <= SHORT_LABEL;
+    let columns = if series.iter().all(short) { 2 } else { 1 };
+    let legend_rows = series.len().div_ceil(columns);
     let top = 14.0 + 20.0 * legend_rows as f64;
     let (bottom, height) = (top + 210.0, top + 250.0);
     let highest = series.iter().flat_map(|series| {
@@ -117,11 +124,11 @@ pub fn lines(title: &str, unit: &str, places: &[String], series: &[Series]) -> S
         "batch size",
     );
     for (index, series) in series.iter().enumerate() {
-        let (column, row) = (index % 2, index / 2);
-        let (left, at) = (10.0 + 235.0 * column as f64, 14.0 + 20.0 * row as f64);
+        let (column, row) = (index % columns, index / columns);
+        let (left, at) = (10.0 + 195.0 * column as f64, 14.0 + 20.0 * row as f64);
         svg.styled_line(series.style, &[(left, at - 4.0), (left + 34.0, at - 4.0)]);
         svg.marker(series.style, left + 17.0, at - 4.0, "");
-        svg.text("label", left + 41.0, at, &cut(&series.label, 30));
+        svg.text("label", left + 41.0, at, &cut(&series.label, 44));
         let points: Vec<(usize, f64, f64)> = series
             .values
             .iter()
@@ -160,11 +167,11 @@ pub fn lines(title: &str, unit: &str, places: &[String], series: &[Series]) -> S
 
 /// Horizontal bars from 0 to `longest`, one under the other.
 pub fn bars(title: &str, longest: f64, bars: &[Bar]) -> String {
-    let mut svg = Svg::new(title, 12.0 + 40.0 * bars.len() as f64);
+    let mut svg = Svg::new(title, 12.0 + ROW * bars.len() as f64);
     for (row, bar) in bars.iter().enumerate() {
-        let top = 6.0 + 40.0 * row as f64;
-        svg.text("label", 4.0, top + 11.0, &cut(&bar.label, 62));
-        let room = WIDTH - 120.0;
+        let top = 6.0 + ROW * row as f64;
+        svg.text("label", 4.0, top + 11.0, &cut(&bar.label, 58));
+        let room = WIDTH - 84.0;
         svg.rect("track", 4.0, top + 16.0, room, 14.0);
         svg.rect(
             &format!("fill h{}", bar.style % STYLES),
@@ -184,37 +191,30 @@ pub fn whiskers(title: &str, reference: f64, rows: &[Whisker]) -> String {
         let (low, high) = row.interval.unwrap_or((row.value, row.value));
         [low, high, row.value]
     });
-    let (mut low, mut high) = values.fold((reference, reference), |(low, high), value| {
+    let (low, high) = values.fold((reference, reference), |(low, high), value| {
         (low.min(value), high.max(value))
     });
     let margin = (high - low).max(0.02 * reference) * 0.08;
-    (low, high) = (low - margin, high + margin);
-    let height = 40.0 + 34.0 * rows.len() as f64;
-    let (left, right) = (96.0, WIDTH - 150.0);
+    let (low, high) = (low - margin, high + margin);
+    let height = 34.0 + ROW * rows.len() as f64;
+    let (left, right) = (40.0, WIDTH - RIGHT);
     let x = |value: f64| left + (right - left) * (value - low) / (high - low);
     let mut svg = Svg::new(title, height);
-    svg.line("reference", x(reference), 6.0, x(reference), height - 26.0);
-    svg.text(
-        "tick middle",
-        x(reference),
-        height - 10.0,
-        &format!("{reference:.0}x: as fast"),
-    );
+    svg.line("reference", x(reference), 4.0, x(reference), height - 24.0);
+    let below = format!("{reference:.0}x: as fast");
+    svg.text("tick middle", x(reference), height - 8.0, &below);
     for (row, whisker) in rows.iter().enumerate() {
-        let at = 22.0 + 34.0 * row as f64;
-        svg.text("label", 4.0, at + 4.0, &cut(&whisker.label, 14));
+        let top = 6.0 + ROW * row as f64;
+        let at = top + 24.0;
+        let name = format!("{}: {}", whisker.label, whisker.text);
+        // Beside the line that it would cross.
+        svg.text("label", x(reference) + 8.0, top + 11.0, &name);
         if let Some((low, high)) = whisker.interval {
             svg.line("whisker", x(low), at, x(high), at);
             svg.line("whisker", x(low), at - 5.0, x(low), at + 5.0);
             svg.line("whisker", x(high), at - 5.0, x(high), at + 5.0);
         }
-        svg.marker(
-            0,
-            x(whisker.value),
-            at,
-            &format!("{}: {}", whisker.label, whisker.text),
-        );
-        svg.text("value", right + 10.0, at + 4.0, &whisker.text);
+        svg.marker(0, x(whisker.value), at, &name);
     }
     svg.finish()
 }
@@ -226,11 +226,11 @@ pub fn waterfall(title: &str, falls: &[Fall]) -> String {
         .map(|fall| fall.span.0.max(fall.span.1))
         .fold(0.0, f64::max)
         .max(f64::MIN_POSITIVE);
-    let mut svg = Svg::new(title, 12.0 + 40.0 * falls.len() as f64);
-    let room = WIDTH - 110.0;
+    let mut svg = Svg::new(title, 12.0 + ROW * falls.len() as f64);
+    let room = WIDTH - 92.0;
     for (row, fall) in falls.iter().enumerate() {
-        let top = 6.0 + 40.0 * row as f64;
-        svg.text("label", 4.0, top + 11.0, &cut(&fall.label, 66));
+        let top = 6.0 + ROW * row as f64;
+        svg.text("label", 4.0, top + 11.0, &cut(&fall.label, 58));
         let (from, to) = (
             fall.span.0.min(fall.span.1) / longest,
             fall.span.0.max(fall.span.1) / longest,

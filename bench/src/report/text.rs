@@ -3,13 +3,10 @@
 //! The guide's lines stand as it gives them; what it does not have (intervals, device, gate, TTFT, roofline) is added in
 //! lines of its own.
 
-use std::fmt::Write as _;
-
 use super::format;
+use super::lines::{Text, WIDTH};
 use crate::results::{Agreement, Point, Results, Role, SideFacts, SidePoint, Skipped};
 use crate::stats::Summary;
-
-const WIDTH: usize = 100;
 
 /// The whole report.
 pub fn report(results: &Results) -> String {
@@ -94,9 +91,12 @@ fn configuration(out: &mut Text, results: &Results) {
     if let Some(bandwidth) = device.bandwidth_gb_s {
         out.line(&format!("Measured memory bandwidth: {bandwidth:.0} GB/s"));
     }
-    for (when, state) in [("before", &device.before), ("after", &device.after)] {
+    for (when, state) in [("first", &device.before), ("last", &device.after)] {
         if let Some(state) = state {
-            out.line(&format!("State {when}: {}", format::device_state(state)));
+            out.line(&format!(
+                "State after the {when} run: {}",
+                format::device_state(state)
+            ));
         }
     }
     for warning in &device.warnings {
@@ -109,7 +109,7 @@ fn configuration(out: &mut Text, results: &Results) {
             ""
         };
         out.wrapped(
-            &format!("{}{external}: ", title(results, side)),
+            &format!("{}{external}: ", named(results, side)),
             &side.description,
         );
     }
@@ -139,6 +139,15 @@ fn title(results: &Results, side: &SideFacts) -> String {
         Role::Mirage => "Mirage".to_owned(),
         Role::Baseline if headline => "Baseline".to_owned(),
         Role::Baseline | Role::External => side.label.clone(),
+    }
+}
+
+/// The title, with the label where the title does not tell it.
+fn named(results: &Results, side: &SideFacts) -> String {
+    let title = title(results, side);
+    match title == side.label {
+        true => title,
+        false => format!("{title} ({})", side.label),
     }
 }
 
@@ -434,51 +443,4 @@ fn tail(summary: &Summary) -> String {
         "{:>8.3}  (p50: {:>8.3}, p90: {:>8.3}, p95: {:>8.3}, p99: {:>8.3})",
         summary.mean, summary.median, summary.p90, summary.p95, summary.p99
     )
-}
-
-/// Lines under construction.
-struct Text(String);
-
-impl Text {
-    fn line(&mut self, text: &str) {
-        self.0.push_str(text.trim_end());
-        self.0.push('\n');
-    }
-
-    fn rule(&mut self, of: char) {
-        self.line(&String::from(of).repeat(WIDTH));
-    }
-
-    fn section(&mut self, title: &str) {
-        self.line(title);
-        self.rule('-');
-    }
-
-    fn interval(&mut self, width: usize, estimate: &crate::stats::Estimate) {
-        if let Some((low, high)) = estimate.interval {
-            let mut line = String::new();
-            // Writing to a String cannot fail.
-            let _ = write!(line, "    {:<width$} {low:.3}x to {high:.3}x", "95 %:");
-            self.line(&line);
-        }
-    }
-
-    /// A paragraph broken at the width, further lines indented by two.
-    fn wrapped(&mut self, head: &str, text: &str) {
-        let mut line = head.to_owned();
-        let mut fresh = true;
-        for word in text.split_whitespace() {
-            if !fresh && line.chars().count() + 1 + word.chars().count() > WIDTH {
-                self.line(&line);
-                line = "  ".to_owned();
-                fresh = true;
-            }
-            if !fresh {
-                line.push(' ');
-            }
-            line.push_str(word);
-            fresh = false;
-        }
-        self.line(&line);
-    }
 }

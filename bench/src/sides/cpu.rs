@@ -2,7 +2,6 @@
 //!
 //! Times are host times: from the call with token ids to each token's event.
 
-use std::collections::BTreeSet;
 use std::time::Instant;
 
 use anyhow::anyhow;
@@ -10,12 +9,11 @@ use mirage_compiler::arch::GpuModel;
 use mirage_compiler::driver::compile;
 use mirage_compiler::plan::Target;
 use mirage_runtime::cpu::CpuModel;
-use mirage_runtime::generate::{CancelHandle, Event, Executor, GenerateRequest};
 
-use super::{compiled_context, sampling};
+use super::{compiled_context, executor};
 use crate::model::Model;
 use crate::results::{Role, Setup, SideFacts};
-use crate::side::{Generation, Interrupt, SequenceTimes, Shape, Side, SideError, Work};
+use crate::side::{Generation, Interrupt, Shape, Side, SideError, Work};
 
 /// The CPU executor of one model.
 pub struct MirageCpu<'a> {
@@ -84,71 +82,10 @@ impl Side for MirageCpu<'_> {
     }
 
     fn generate(&mut self, work: &Work, interrupt: &Interrupt) -> Result<Generation, SideError> {
-        let requests = requests(work);
-        let cancel = CancelHandle::new();
-        let executor = self.loaded()?;
-        let mut stamps: Vec<Vec<f64>> = vec![Vec::new(); requests.len()];
-        let mut tokens: Vec<Vec<u32>> = vec![Vec::new(); requests.len()];
-        let begin = Instant::now();
-        let result = executor.generate(&requests, &cancel, &mut |event| match event {
-            Event::Token {
-                sequence, token, ..
-            } => {
-                stamps[sequence].push(begin.elapsed().as_secs_f64());
-                tokens[sequence].push(token);
-                if interrupt.is_set() {
-                    cancel.cancel();
-                }
-            }
-            Event::Finished { .. } => {}
-        });
-        let wall = begin.elapsed().as_secs_f64();
-        result.map_err(|error| SideError::Failed(error.into()))?;
-        if interrupt.is_set() {
-            return Err(SideError::Interrupted);
-        }
-        Ok(Generation {
-            tokens,
-            wall,
-            device: None,
-            device_step: None,
-            sequences: stamps.iter().map(|s| times(s)).collect(),
-        })
+        executor::generate(self.loaded()?, work, interrupt)
     }
 
     fn logits(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>, SideError> {
-        let scored = self
-            .loaded()?
-            .score(&[tokens.to_vec()])
-            .map_err(|error| SideError::Failed(error.into()))?;
-        let logits = scored
-            .into_iter()
-            .next()
-            .ok_or_else(|| anyhow!("no logits came back"))?;
-        Ok(logits
-            .values
-            .get(from * logits.vocab..)
-            .unwrap_or_default()
-            .to_vec())
-    }
-}
-
-fn requests(work: &Work) -> Vec<GenerateRequest> {
-    let request = |sequence: &crate::side::Sequence| GenerateRequest {
-        prompt: sequence.prompt.clone(),
-        max_new_tokens: work.max_tokens,
-        sampling: sampling(work.sampling),
-        stream: sequence.stream,
-        stop_tokens: work.stop_tokens.iter().copied().collect::<BTreeSet<u32>>(),
-    };
-    work.sequences.iter().map(request).collect()
-}
-
-/// First, last and gaps of the moments at which a sequence's tokens came.
-pub(super) fn times(stamps: &[f64]) -> SequenceTimes {
-    SequenceTimes {
-        first: stamps.first().copied().unwrap_or(0.0),
-        last: stamps.last().copied().unwrap_or(0.0),
-        gaps: stamps.windows(2).map(|pair| pair[1] - pair[0]).collect(),
+        executor::logits(self.loaded()?, tokens, from)
     }
 }

@@ -2,8 +2,11 @@
 //!
 //! Each file owns one engine's clock: what its times enclose stands there.
 
+pub mod bandwidth;
 pub mod cpu;
+mod executor;
 pub mod gpu;
+pub mod per_op;
 pub mod reference;
 
 use mirage_runtime::sampler::SamplingParams;

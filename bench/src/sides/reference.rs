@@ -9,7 +9,7 @@ use anyhow::anyhow;
 use mirage_compiler::reference::{Reference, Sequence};
 use mirage_runtime::sampler::Sampler;
 
-use super::cpu::times;
+use super::executor::times;
 use super::sampling;
 use crate::model::{Model, Weights};
 use crate::results::{Role, Setup, SideFacts};

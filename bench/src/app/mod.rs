@@ -3,33 +3,35 @@
 //! Owns the order in which things are found, measured and written, and every sentence that qualifies a number. What can be
 //! wrong with the command is found out before anything is measured.
 
-use std::fs;
+mod header;
+mod inputs;
+
 use std::io::{self, Write as _};
-use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use mirage_runtime::baseline::LaunchMode;
 use mirage_runtime::gpu::Gpu;
 
-use crate::cli::{Args, BaselineName, DEFAULT_PROMPTS, DeviceChoice};
+use crate::cli::{Args, BaselineName};
 use crate::compare::Comparison;
-use crate::device::{self, NoGpu, NvidiaSmi, Probe};
-use crate::external::{self, External};
-use crate::harness::{Harness, Measured, Schedule};
+use crate::device::{self, Probe};
+use crate::external::External;
+use crate::harness::{Harness, Measured, Observer, Schedule};
 use crate::model::{Model, Weights};
 use crate::progress::Progress;
-use crate::prompts::{self, Prompt};
 use crate::report::{format, html, json, markdown, text};
-use crate::results::{Configuration, DeviceKind, PromptFacts, Results, SCHEMA_VERSION, Sample};
+use crate::results::{DeviceState, Iteration, Point, PromptFacts, Results, Sample, SideFacts};
 use crate::side::{Interrupt, Sampling, Side};
 use crate::sides::cpu::MirageCpu;
-use crate::sides::gpu::{MirageGpu, PerOp, SharedBaseline};
+use crate::sides::gpu::MirageGpu;
+use crate::sides::per_op::{PerOp, SharedBaseline};
 use crate::sides::reference::PlainReference;
 use crate::workload::{Answer, Workload};
-use crate::{derive, outputs};
-
-/// The prompts that come with the program.
-const BUILT_IN_PROMPTS: &[u8] = include_bytes!("../prompts/test_prompts.txt");
+use crate::{derive, outputs, prompts};
+use header::{device_facts, header, probe};
+use inputs::{
+    check_baselines, of_categories, open_device, read_external, read_prompts, read_results,
+};
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,16 +103,14 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
         );
     }
     let schedule = schedule(args, &depths, &model);
-    let mut results = header(
-        args,
-        &model,
-        &file,
-        &bytes,
-        &chosen,
-        &workload,
-        gpu.as_ref(),
-        fallback,
-    );
+    let prompt_facts = PromptFacts {
+        hash: blake3::hash(&bytes).to_hex().to_string(),
+        count: chosen.len(),
+        skipped: workload.skipped.clone(),
+        file,
+    };
+    let device = device_facts(gpu.as_ref());
+    let mut results = header(args, &model, device, prompt_facts, fallback);
     let weights = Weights(&model.checkpoint);
     let mut sides = sides(args, &model, &weights, gpu.as_ref());
     results.sides = sides.iter().map(|side| side.facts()).collect();
@@ -122,8 +122,15 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
         bandwidth_gb_s: results.device.bandwidth_gb_s,
         interrupt: interrupt.clone(),
     };
-    let measured = harness.run(&mut sides, &mut Progress::new(args.verbose));
-    device::finish(&mut results.device, probe(gpu.as_ref()).as_ref());
+    let probe = probe(gpu.as_ref());
+    let mut observer = Observed {
+        progress: Progress::new(args.verbose),
+        probe: probe.as_ref(),
+        first: None,
+    };
+    let measured = harness.run(&mut sides, &mut observer);
+    let first = observer.first.flatten();
+    device::finish(&mut results.device, first, probe.as_ref());
     let Measured {
         points,
         complete,
@@ -175,81 +182,6 @@ fn outcome(results: &Results, comparison: Option<&Comparison>) -> Outcome {
     } else {
         Outcome::Done
     }
-}
-
-fn read_results(file: &Path) -> Result<Results> {
-    let text = fs::read_to_string(file)
-        .with_context(|| format!("--compare {} cannot be read", file.display()))?;
-    Ok(json::read(&text, &file.to_string_lossy())?)
-}
-
-fn read_external(file: &Path) -> Result<External> {
-    let text = fs::read_to_string(file)
-        .with_context(|| format!("--external {} cannot be read", file.display()))?;
-    Ok(external::read(&text, &file.to_string_lossy())?)
-}
-
-/// The prompt file's name for people, and its bytes.
-fn read_prompts(path: &Path) -> Result<(String, Vec<u8>)> {
-    match fs::read(path) {
-        Ok(bytes) => Ok((path.display().to_string(), bytes)),
-        Err(error)
-            if error.kind() == io::ErrorKind::NotFound && path == Path::new(DEFAULT_PROMPTS) =>
-        {
-            Ok((
-                format!("{DEFAULT_PROMPTS} (built in)"),
-                BUILT_IN_PROMPTS.to_vec(),
-            ))
-        }
-        Err(error) => {
-            bail!(
-                "the prompts {} cannot be read: {error}; without --prompts the built-in ones are used",
-                path.display()
-            )
-        }
-    }
-}
-
-fn of_categories(all: &[Prompt], wanted: &[String], file: &str) -> Result<Vec<Prompt>> {
-    for name in wanted {
-        if !all.iter().any(|prompt| prompt.category == *name) {
-            let mut known: Vec<&str> = all.iter().map(|prompt| prompt.category.as_str()).collect();
-            known.dedup();
-            bail!("--categories {name}: {file} has {}", known.join(", "));
-        }
-    }
-    let chosen = |prompt: &&Prompt| wanted.is_empty() || wanted.contains(&prompt.category);
-    Ok(all.iter().filter(chosen).cloned().collect())
-}
-
-/// The GPU, or none for the CPU; with the reason where `auto` fell back to it.
-fn open_device(choice: DeviceChoice) -> Result<(Option<Gpu>, Option<String>)> {
-    match choice {
-        DeviceChoice::Cpu => Ok((None, None)),
-        DeviceChoice::Cuda => match Gpu::open(0) {
-            Ok(gpu) => Ok((Some(gpu), None)),
-            Err(error) => bail!("--device cuda: {error}"),
-        },
-        DeviceChoice::Auto => match Gpu::open(0) {
-            Ok(gpu) => Ok((Some(gpu), None)),
-            Err(error) => Ok((None, Some(error.to_string()))),
-        },
-    }
-}
-
-fn check_baselines(args: &Args, gpu: bool) -> Result<()> {
-    for name in &args.baseline {
-        match (name, gpu) {
-            (BaselineName::Reference, true) => {
-                bail!("--baseline reference runs on the CPU; add --device cpu")
-            }
-            (BaselineName::B0 | BaselineName::B1, false) => {
-                bail!("--baseline b0 and b1 need a GPU; on the CPU there is --baseline reference")
-            }
-            (BaselineName::Reference, false) | (BaselineName::B0 | BaselineName::B1, true) => {}
-        }
-    }
-    Ok(())
 }
 
 fn schedule(args: &Args, depths: &[usize], model: &Model) -> Schedule {
@@ -327,116 +259,31 @@ fn sides<'a>(
     sides
 }
 
-fn probe(gpu: Option<&Gpu>) -> Box<dyn Probe> {
-    match gpu {
-        // CUDA's first visible GPU need not be the driver's first.
-        Some(_) => Box::new(NvidiaSmi {
-            id: first_visible(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()),
-        }),
-        None => Box::new(NoGpu),
-    }
+/// Shows the run, and notes the device's state after its first batch.
+struct Observed<'a> {
+    progress: Progress,
+    probe: &'a dyn Probe,
+    first: Option<Option<DeviceState>>,
 }
 
-fn first_visible(variable: Option<&str>) -> String {
-    let first = variable
-        .and_then(|list| list.split(',').next())
-        .map(str::trim)
-        .filter(|first| !first.is_empty());
-    first.unwrap_or("0").to_owned()
-}
+impl Observer for Observed<'_> {
+    fn point(&mut self, batch: usize, depth: Option<usize>, runs: usize) {
+        self.progress.point(batch, depth, runs);
+    }
 
-/// Results without any measurement.
-#[expect(clippy::too_many_arguments, reason = "each is one fact of the header")]
-fn header(
-    args: &Args,
-    model: &Model,
-    file: &str,
-    bytes: &[u8],
-    chosen: &[Prompt],
-    workload: &Workload,
-    gpu: Option<&Gpu>,
-    fallback: Option<String>,
-) -> Results {
-    let kind = if gpu.is_some() {
-        DeviceKind::Cuda
-    } else {
-        DeviceKind::Cpu
-    };
-    let mut facts = device::facts(kind, probe(gpu).as_ref());
-    if let Some(gpu) = gpu {
-        facts.name = gpu.name().to_owned();
+    fn stage(&mut self, text: &str) {
+        self.progress.stage(text);
     }
-    Results {
-        schema_version: SCHEMA_VERSION,
-        generator: format!("mirage-bench {}", env!("CARGO_PKG_VERSION")),
-        generated: String::new(),
-        complete: false,
-        notes: notes(facts.kind, fallback),
-        device: facts,
-        model: model.facts.clone(),
-        configuration: Configuration {
-            max_tokens: args.max_tokens as usize,
-            temperature: args.temperature,
-            top_p: args.top_p,
-            num_warmup: args.num_warmup as usize,
-            num_iterations: args.num_iterations as usize,
-            batch_sizes: args
-                .batch_sizes
-                .iter()
-                .map(|&batch| batch as usize)
-                .collect(),
-            context_depths: args
-                .context_depth
-                .iter()
-                .map(|&depth| depth as usize)
-                .collect(),
-            seed: args.seed,
-            ignore_eos: args.ignore_eos,
-        },
-        prompts: PromptFacts {
-            file: file.to_owned(),
-            hash: blake3::hash(bytes).to_hex().to_string(),
-            count: chosen.len(),
-            skipped: workload.skipped.clone(),
-        },
-        sides: Vec::new(),
-        points: Vec::new(),
-        summary: Vec::new(),
-        sample: None,
-    }
-}
 
-/// What a reader must know.
-fn notes(kind: DeviceKind, fallback: Option<String>) -> Vec<String> {
-    let mut notes = Vec::new();
-    if let Some(reason) = fallback {
-        notes.push(format!("No GPU was used: {reason}."));
+    fn run(&mut self, side: &SideFacts, counted: bool, iteration: &Iteration) {
+        self.progress.run(side, counted, iteration);
+        // Between two runs, so that asking takes nobody's time.
+        self.first.get_or_insert_with(|| self.probe.state());
     }
-    match kind {
-        DeviceKind::Cpu => {
-            notes.push(
-                "These are times of a CPU. They show that the compiled program runs here and makes the same tokens as an \
-                 independent implementation; they say nothing about the megakernel's speed on a GPU, and a ratio to the \
-                 plain reference is no achievement in either direction."
-                    .to_owned(),
-            );
-            notes.push(
-                "No share of the roofline is given: on a CPU, a small model's weights stay in the caches.".to_owned(),
-            );
-        }
-        DeviceKind::Cuda => notes.push(
-            "Host times of baselines that launch kernel by kernel depend on the host; compare device times too. The \
-             baselines' host time leaves out copying the prompts and recording the CUDA graph, mirage's includes its launch."
-                .to_owned(),
-        ),
+
+    fn point_done(&mut self, point: &Point) {
+        self.progress.point_done(point);
     }
-    notes.push(
-        "Every iteration takes the next prompts of the file, the same on all sides, so the standard deviation holds the \
-         prompts' variety; speedups are ratios of sums over paired iterations, with 95 % bootstrap intervals. Prefill is \
-         part of the latency; TPOT and ITL are without it."
-            .to_owned(),
-    );
-    notes
 }
 
 fn write(args: &Args, results: &Results) -> Result<()> {
@@ -499,18 +346,5 @@ fn print(args: &Args, results: &Results, comparison: Option<&Comparison>) -> Res
             Err(error).context("stdout cannot be written")
         }
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_first_visible_gpu_is_asked() {
-        assert_eq!(first_visible(None), "0");
-        assert_eq!(first_visible(Some("")), "0");
-        assert_eq!(first_visible(Some("3,1")), "3");
-        assert_eq!(first_visible(Some("GPU-abc")), "GPU-abc");
     }
 }
