@@ -17,12 +17,12 @@ mod memory;
 mod module;
 mod stream;
 
-use mirage_compiler::arch::{DeviceFacts, GpuModel, UnsupportedDevice};
 use std::ffi::{CStr, c_int};
 use std::fmt;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use mirage_compiler::arch::{DeviceFacts, GpuModel, UnsupportedDevice};
 
 pub use error::GpuError;
 pub use memory::{DeviceBuffer, MappedBuffer};
