@@ -202,13 +202,18 @@ pub fn whiskers(title: &str, reference: f64, rows: &[Whisker]) -> String {
     let mut svg = Svg::new(title, height);
     svg.line("reference", x(reference), 4.0, x(reference), height - 24.0);
     let below = format!("{reference:.0}x: as fast");
-    svg.text("tick middle", x(reference), height - 8.0, &below);
+    let inside = x(reference).clamp(LEFT, WIDTH - LEFT);
+    svg.text("tick middle", inside, height - 8.0, &below);
+    // Beside the line that a label would cross, where there is more room.
+    let (class, label_at) = match x(reference) < WIDTH / 2.0 {
+        true => ("label", x(reference) + 8.0),
+        false => ("label end", x(reference) - 8.0),
+    };
     for (row, whisker) in rows.iter().enumerate() {
         let top = 6.0 + ROW * row as f64;
         let at = top + 24.0;
         let name = format!("{}: {}", whisker.label, whisker.text);
-        // Beside the line that it would cross.
-        svg.text("label", x(reference) + 8.0, top + 11.0, &name);
+        svg.text(class, label_at, top + 11.0, &name);
         if let Some((low, high)) = whisker.interval {
             svg.line("whisker", x(low), at, x(high), at);
             svg.line("whisker", x(low), at - 5.0, x(low), at + 5.0);
