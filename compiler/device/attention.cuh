@@ -1,13 +1,13 @@
 // Causal grouped-query attention of one layer, with q/k norm, RoPE and the KV cache.
 //
-// A group of the mesh holds whole KV heads. Each of its members gathers the group's q, k and v of all columns, then works
-// on tasks: one column, one KV head, some of its query heads, and one of `kSplits` interleaved parts of the positions.
-// The parts of a head are merged by whoever gathers them. Positions are walked in an order that depends on the position
-// alone, so a column's result does not depend on what else is in the step.
+// A group of the mesh holds whole KV heads. Each of its members gathers the group's q, k and v of all columns, then
+// works on tasks: one column, one KV head, some of its query heads, and one of `kSplits` interleaved parts of the
+// positions. The parts of a head are merged by whoever gathers them. Positions are walked in an order that depends on
+// the position alone, so a column's result does not depend on what else is in the step.
 //
-// A, an attention: kHeads and kKvHeads of a group, kAllKvHeads, kHeadDim, kHeadsPerTask (query heads that share a read of
-// K and V), kScale (of the scores, times log2 e), kQNorm/kKNorm and kQGammaAt/kKGammaAt, kGammaStride, kEps, kWidth (a
-// group's q, k and v rows), kSlots, kMaxSeq, kWordsAt.
+// A, an attention: kHeads and kKvHeads of a group, kAllKvHeads, kHeadDim, kHeadsPerTask (query heads that share a read
+// of K and V), kScale (of the scores, times log2 e), kQNorm/kKNorm and kQGammaAt/kKGammaAt, kGammaStride, kEps, kWidth
+// (a group's q, k and v rows), kSlots, kMaxSeq, kWordsAt.
 #pragma once
 #include "exchange.cuh"
 
@@ -57,8 +57,8 @@ MIRAGE_DEVICE size_t kv_row(int layer, int slot, int kv_head, int position) {
 
 // Loads what the cache holds of a batch: the positions below `cached`.
 template <class A, int S>
-MIRAGE_DEVICE void load_cached(KvBatch<A>& batch, const Params& params, const Place& at, int layer, int slot, int kv_head,
-                               int round, int split, int cached) {
+MIRAGE_DEVICE void load_cached(KvBatch<A>& batch, const Params& params, const Place& at, int layer, int slot,
+                               int kv_head, int round, int split, int cached) {
 #pragma unroll
   for (int u = 0; u < KvTile<A>::kUnroll; u++) {
     const int j = kv_position<A, S>(at, round, split, u);
@@ -176,7 +176,8 @@ MIRAGE_DEVICE void add_scaled(float (&out)[8], float p, const uint4& v) {
 
 // One batch of positions for the H query heads of a task.
 template <class A, int H>
-MIRAGE_DEVICE void attend(Softmax (&state)[H], const float (&q)[H][8], const KvBatch<A>& batch, const bool (&valid)[KvTile<A>::kUnroll]) {
+MIRAGE_DEVICE void attend(Softmax (&state)[H], const float (&q)[H][8], const KvBatch<A>& batch,
+                          const bool (&valid)[KvTile<A>::kUnroll]) {
   typedef KvTile<A> T;
 #pragma unroll
   for (int h = 0; h < H; h++) {
@@ -260,7 +261,8 @@ MIRAGE_DEVICE void publish_task(Context<R>& x, int task, uint32_t epoch) {
   // The last warp has the fewest value words to publish.
   if (S > 1 && x.at.warp == kConsumerWarps - 1 && x.at.lane < A::kHeadsPerTask) {
     const float2 total = merged_max_sum<A>(x.scratch, x.at.lane);
-    store_word(to + x.at.lane * T::kWords + T::kValueWords, __float_as_uint(total.x), __float_as_uint(total.y), 0, epoch);
+    store_word(to + x.at.lane * T::kWords + T::kValueWords, __float_as_uint(total.x), __float_as_uint(total.y), 0,
+               epoch);
   }
 }
 

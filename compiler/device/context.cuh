@@ -1,5 +1,6 @@
-// What every phase sees: who this thread is, the launch's parameters, the shared-memory regions, and the step's columns.
-// A column is one token position of one sequence that the current step computes; a step computes all of them at once.
+// What every phase sees: who this thread is, the launch's parameters, the shared-memory regions, and the step's
+// columns. A column is one token position of one sequence that the current step computes; a step computes all of them
+// at once.
 #pragma once
 #include "prelude.cuh"
 #include "ring.cuh"
@@ -8,10 +9,10 @@ namespace mirage {
 
 // One sequence of the batch, as the host asks for it. The Rust twin is runtime::megakernel::launch::Sequence.
 struct Sequence {
-  uint32_t prompt_length;  // positions below are given, not generated
-  uint32_t first_decode;   // position of the first decode step; those before come through prefill steps
-  uint32_t max_new;        // generated tokens, at most
-  uint32_t top_k;          // 0: all
+  uint32_t prompt_length;     // positions below are given, not generated
+  uint32_t first_decode;      // position of the first decode step; those before come through prefill steps
+  uint32_t max_new;           // generated tokens, at most
+  uint32_t top_k;             // 0: all
   float inverse_temperature;  // 0: greedy
   float top_p;
   uint64_t seed;
@@ -39,14 +40,14 @@ struct Params {
   bf16* keys;                      // [layers, slots, kv_heads, max_seq, head_dim]
   bf16* values;
   uint4* exchange;
-  float* logits;       // [slots, vocab], scratch of the sampler
-  float* logits_dump;  // [rows, vocab] or null
+  float* logits;            // [slots, vocab], scratch of the sampler
+  float* logits_dump;       // [rows, vocab] or null
   const uint32_t* prompts;  // [slots, max_seq]
   const Sequence* sequences;
   const PrefillColumn* prefill;  // [prefill_steps, prefill columns]
   const uint32_t* stop_tokens;
-  uint32_t* tokens_out;      // host memory, [slots, max_seq], token + 1
-  const uint32_t* cancel;    // host memory
+  uint32_t* tokens_out;    // host memory, [slots, max_seq], token + 1
+  const uint32_t* cancel;  // host memory
   uint32_t prefill_steps;
   uint32_t batch;
   uint32_t epoch;  // every epoch of this launch is above this one
@@ -74,8 +75,8 @@ MIRAGE_DEVICE Place place_of_this_thread() {
 }
 
 // Shared-memory regions. `activation` holds what the next linear multiplies, [columns, K + 8] bf16, or q, k and v, and
-// after the head what the sampler counts; `scratch` what warps of one phase hand to each other; `sum_squares` the parts of
-// the norm of the residual stream.
+// after the head what the sampler counts; `scratch` what warps of one phase hand to each other; `sum_squares` the parts
+// of the norm of the residual stream.
 template <class Ring>
 struct Context {
   const Params& params;
@@ -91,8 +92,7 @@ struct Context {
   // Called where a phase begins. Without it the compiler computes every phase's addresses once, ahead of the loop over
   // layers, and keeps them in registers that it does not have.
   MIRAGE_DEVICE void begin_phase() {
-    asm volatile(""
-                 : "+r"(at.cta), "+r"(at.thread), "+r"(at.warp), "+r"(at.lane), "+r"(at.group), "+r"(at.member));
+    asm volatile("" : "+r"(at.cta), "+r"(at.thread), "+r"(at.warp), "+r"(at.lane), "+r"(at.group), "+r"(at.member));
   }
 };
 

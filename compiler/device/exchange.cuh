@@ -13,7 +13,7 @@ namespace mirage {
 enum class Along { kOwn, kConcat, kSum };
 
 // Words a thread asks for at once: enough to hide L2's latency, few enough to stay in registers.
-constexpr int kWordsInFlight = 8;
+constexpr int kWordsInFlight = 16;
 
 template <class X, class Mesh>
 struct Producers {
@@ -28,8 +28,9 @@ struct Producers {
 
   int group, member;
   MIRAGE_DEVICE static Producers of_unit(int producer, const Place& at) {
-    return Producers{X::kGroups == Along::kConcat ? producer / kMembers : (X::kGroups == Along::kSum ? 0 : at.group),
-                     X::kMembers == Along::kConcat ? producer % kMembers : (X::kMembers == Along::kSum ? 0 : at.member)};
+    return Producers{
+        X::kGroups == Along::kConcat ? producer / kMembers : (X::kGroups == Along::kSum ? 0 : at.group),
+        X::kMembers == Along::kConcat ? producer % kMembers : (X::kMembers == Along::kSum ? 0 : at.member)};
   }
   // Where the words of partial sum `i` begin in the exchange area.
   MIRAGE_DEVICE int words(int i, int columns) const {

@@ -1,8 +1,8 @@
 // The generation loop: prefill steps, then decode steps until every sequence has ended, all in one launch.
 // Every CTA runs it in step with all others; what differs from model to model is in Model, which the compiler writes.
 //
-// Model: Mesh, Ring, Shared (regions of shared memory), Head, kPrefillColumns, kDecodeColumns, kStepEpochs, word offsets,
-// and the phases: stream_layer, prefill_layers, decode_layers.
+// Model: Mesh, Ring, Shared (regions of shared memory), Head, kPrefillColumns, kDecodeColumns, kStepEpochs, word
+// offsets, and the phases: stream_layer, prefill_layers, decode_layers.
 #pragma once
 #include "attention.cuh"
 #include "exchange.cuh"
@@ -58,7 +58,8 @@ MIRAGE_DEVICE void begin_prefill_step(Context<R>& x, int columns, uint32_t step)
 template <class Model>
 MIRAGE_DEVICE float* logits_of(const Params& params, int slot, uint32_t position) {
   const Sequence& q = params.sequences[slot];
-  if (q.logits_row >= 0) return params.logits_dump + (static_cast<size_t>(q.logits_row) + position) * Model::Head::kVocab;
+  if (q.logits_row >= 0)
+    return params.logits_dump + (static_cast<size_t>(q.logits_row) + position) * Model::Head::kVocab;
   if (q.inverse_temperature > 0.f) return params.logits + static_cast<size_t>(slot) * Model::Head::kVocab;
   return nullptr;
 }

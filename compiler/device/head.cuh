@@ -87,7 +87,8 @@ MIRAGE_DEVICE void lm_head(Context<R>& x, uint4* words, bool cancelled, uint32_t
       winner.offer(c.logit, c.token);
     }
     fence_gpu();
-    store_word(words + x.at.thread * Mesh::kCtas + x.at.cta, __float_as_uint(winner.logit), winner.token, cancelled, epoch);
+    store_word(words + x.at.thread * Mesh::kCtas + x.at.cta, __float_as_uint(winner.logit), winner.token, cancelled,
+               epoch);
   }
 }
 

@@ -3,8 +3,8 @@
 //
 // L, a linear: kRowUnits x kUnitTiles row tiles of 16 rows, kKTiles column tiles of 16; kRowsOverGroups and
 // kRowsOverMembers say which of the two a mesh axis splits (else it splits the columns, and the products are partial
-// sums); a pass covers kWarpRows * kTilesPerWarp row tiles and all of the CTA's columns, in pages of kPageK column tiles;
-// kWarpRows * kWarpK = 8 warps share a page. kSwiGlu: each tile holds 8 rows of gate over 8 rows of up.
+// sums); a pass covers kWarpRows * kTilesPerWarp row tiles and all of the CTA's columns, in pages of kPageK column
+// tiles; kWarpRows * kWarpK = 8 warps share a page. kSwiGlu: each tile holds 8 rows of gate over 8 rows of up.
 #pragma once
 #include "context.cuh"
 #include "words.cuh"

@@ -1,8 +1,10 @@
 // The residual stream: f32, updated by the linears that add to it, and handed on to the next linear as bf16 with the
-// norm's gamma applied. The norm's scale, one number a column, follows in that linear's epilogue, so RMSNorm costs no step.
+// norm's gamma applied. The norm's scale, one number a column, follows in that linear's epilogue, so RMSNorm costs no
+// step.
 //
 // Two forms, chosen by the planner for each kind of step:
-// - Replicated: every worker sums all partials of all elements (an all-reduce in one hop) and keeps the whole stream; good
+// - Replicated: every worker sums all partials of all elements (an all-reduce in one hop) and keeps the whole stream;
+// good
 //   for few columns and narrow streams.
 // - Scattered: every worker sums the partials of its share (reduce-scatter), keeps that share, and publishes the new
 //   values for all to collect (all-gather): a hop more, a small part of the volume.
@@ -14,8 +16,8 @@
 
 namespace mirage {
 
-// N, the linear that multiplies the stream next: kNorm, kNormWidth, kWidth, kGammaAt (element of Params::norms, of layer 0),
-// kGammaStride (a layer's elements).
+// N, the linear that multiplies the stream next: kNorm, kNormWidth, kWidth, kGammaAt (element of Params::norms, of
+// layer 0), kGammaStride (a layer's elements).
 template <class N>
 MIRAGE_DEVICE const bf16* gamma_of(const Params& params, int layer) {
   return params.norms + N::kGammaAt + static_cast<size_t>(layer) * N::kGammaStride;
@@ -56,7 +58,8 @@ MIRAGE_DEVICE void store_sum_squares(Context<R>& x, int column, float squares) {
 }
 
 // X: the exchange of the linears that write the stream (they share one placement). Every thread keeps the units that
-// collect_all would give it, in shared memory that no other thread touches: [columns of a warp, steps, values, threads].
+// collect_all would give it, in shared memory that no other thread touches: [columns of a warp, steps, values,
+// threads].
 template <class X, class Mesh, int C>
 struct Replicated {
   typedef Producers<X, Mesh> P;
@@ -111,7 +114,8 @@ MIRAGE_DEVICE void embed(Context<R>& x, Replicated<X, Mesh, C>& stream, const bf
 
 // Adds what linear X::Source published and prepares the operand of the linear N with that gamma.
 template <class N, class X, class Shared, class Mesh, int C, class R>
-MIRAGE_DEVICE void add_to_stream(Context<R>& x, Replicated<Shared, Mesh, C>& stream, const bf16* gamma, uint32_t epoch) {
+MIRAGE_DEVICE void add_to_stream(Context<R>& x, Replicated<Shared, Mesh, C>& stream, const bf16* gamma,
+                                 uint32_t epoch) {
   x.begin_phase();
   typedef Replicated<Shared, Mesh, C> S;
   constexpr int kBatch = batch_of(S::kSteps, kWordsInFlight / S::P::kPartials);
@@ -308,7 +312,8 @@ MIRAGE_DEVICE void reduce_scatter(Context<R>& x, Scattered<Shared, Mesh, C>& str
   if (stream.unit >= 0) {
 #pragma unroll
     for (int e = 0; e < kValuesPerWord; e++) stream.v[e] += sum.v[e];
-    if (stream.lane == 0) store_values(words + Gathered<Shared, Mesh, C>::index(stream.unit, stream.column), stream.v, epoch);
+    if (stream.lane == 0)
+      store_values(words + Gathered<Shared, Mesh, C>::index(stream.unit, stream.column), stream.v, epoch);
   }
 }
 

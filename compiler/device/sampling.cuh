@@ -1,10 +1,11 @@
 // Sampling by temperature, top-k and top-p without leaving the kernel.
 //
-// The definition (its CPU twin is runtime::sampler): keep the tokens whose logit is at least the k-th largest; of those,
-// the smallest set of largest logits whose mass reaches top_p of the kept mass; the token is the kept one with the highest
-// logit / temperature + Gumbel noise, which is an exact draw from the softmax over the kept tokens. Ties are kept.
-// Both thresholds are found by radix selection over the whole grid, eight bits a level: every CTA counts its slice of the
-// logits, the counts meet in global memory, everyone reads them. Masses are integers, so no order of addition matters.
+// The definition (its CPU twin is runtime::sampler): keep the tokens whose logit is at least the k-th largest; of
+// those, the smallest set of largest logits whose mass reaches top_p of the kept mass; the token is the kept one with
+// the highest logit / temperature + Gumbel noise, which is an exact draw from the softmax over the kept tokens. Ties
+// are kept. Both thresholds are found by radix selection over the whole grid, eight bits a level: every CTA counts its
+// slice of the logits, the counts meet in global memory, everyone reads them. Masses are integers, so no order of
+// addition matters.
 #pragma once
 #include "grid.cuh"
 #include "head.cuh"
@@ -165,8 +166,8 @@ MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uin
     sync_consumers();
 #pragma unroll 1
     for (int level = 0; level < kRadixLevels; level++)
-      select_level<H, C, kMass, Mesh>(x, s, mine + kMass * Histograms<C>::kOfKind + level * Histograms<C>::kOfLevel, level,
-                                      barrier, epoch + 1 + kMass * kRadixLevels + level);
+      select_level<H, C, kMass, Mesh>(x, s, mine + kMass * Histograms<C>::kOfKind + level * Histograms<C>::kOfLevel,
+                                      level, barrier, epoch + 1 + kMass * kRadixLevels + level);
     if (x.at.thread < C && s.target[x.at.thread] > 0)
       s.floor[x.at.thread] = max(s.floor[x.at.thread], s.prefix[x.at.thread]);
     sync_consumers();
@@ -195,7 +196,8 @@ MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uin
       for (int o = kWarp / 2; o > 0; o /= 2)
         best.offer(__shfl_xor_sync(~0u, best.logit, o), __shfl_xor_sync(~0u, best.token, o));
     }
-    if (x.at.lane == 0) store_word(words + c * Mesh::kCtas + x.at.cta, __float_as_uint(best.logit), best.token, 0, epoch);
+    if (x.at.lane == 0)
+      store_word(words + c * Mesh::kCtas + x.at.cta, __float_as_uint(best.logit), best.token, 0, epoch);
   }
   sync_consumers();
   collect_candidates<C, Mesh>(x, words, epoch);

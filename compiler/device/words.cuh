@@ -11,7 +11,8 @@ constexpr int kValuesPerWord = 6;
 
 MIRAGE_DEVICE void store_word(uint4* p, uint32_t a, uint32_t b, uint32_t c, uint32_t epoch) {
   const uint64_t low = static_cast<uint64_t>(b) << 32 | a, high = static_cast<uint64_t>(epoch) << 32 | c;
-  asm volatile("{ .reg .b128 w; mov.b128 w, {%1, %2}; st.relaxed.gpu.global.b128 [%0], w; }" ::"l"(p), "l"(low), "l"(high)
+  asm volatile("{ .reg .b128 w; mov.b128 w, {%1, %2}; st.relaxed.gpu.global.b128 [%0], w; }" ::"l"(p), "l"(low),
+               "l"(high)
                : "memory");
 }
 
@@ -25,8 +26,8 @@ MIRAGE_DEVICE uint4 load_word(const uint4* p) {
                     static_cast<uint32_t>(high >> 32));
 }
 
-// Waits until the N words at base[offsets[i]] carry `epoch`; a negative offset is not waited for. The whole set is asked
-// for again at each turn: asking word by word, or only for the missing ones, is slower.
+// Waits until the N words at base[offsets[i]] carry `epoch`; a negative offset is not waited for. The whole set is
+// asked for again at each turn: asking word by word, or only for the missing ones, is slower.
 template <int N>
 MIRAGE_DEVICE void await_words(uint4 (&words)[N], const uint4* base, const int (&offsets)[N], uint32_t epoch) {
   // A word that is not waited for gets a value too: a register that is set only under a condition would be taken
@@ -54,8 +55,8 @@ struct Values {
 };
 
 MIRAGE_DEVICE Values unpack(const uint4& word) {
-  return Values{{low_half(word.x), high_half(word.x), low_half(word.y), high_half(word.y), low_half(word.z),
-                 high_half(word.z)}};
+  return Values{
+      {low_half(word.x), high_half(word.x), low_half(word.y), high_half(word.y), low_half(word.z), high_half(word.z)}};
 }
 
 // Publishes `outputs` values of each of C columns as words of six: value(column, index) is asked once for each, by one

@@ -22,6 +22,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use mirage_compiler::arch::{DeviceFacts, GpuModel, UnsupportedDevice};
 
 pub use error::GpuError;
 pub use memory::{DeviceBuffer, MappedBuffer};
@@ -89,6 +90,21 @@ impl Properties {
             ""
         };
         self.arch() + suffix
+    }
+
+    /// The device as the planner sees it.
+    ///
+    /// # Errors
+    /// A compute capability that no kernel of ours is compiled for.
+    pub fn model(&self) -> Result<GpuModel, UnsupportedDevice> {
+        // Sizes of one GPU fit 32 bits.
+        GpuModel::of_device(&DeviceFacts {
+            name: &self.name,
+            compute_capability: self.compute_capability,
+            sms: u32::try_from(self.sm_count).unwrap_or(u32::MAX),
+            smem_per_block_optin: u32::try_from(self.shared_bytes_per_block).unwrap_or(u32::MAX),
+            l2_bytes: self.l2_bytes as u64,
+        })
     }
 }
 

@@ -1,0 +1,332 @@
+//! The model of a run: finding it, and everything that is read of it once.
+//!
+//! Owns the search for a checkpoint folder, the choice of the operator graph, and the facts for the report. It must not
+//! download anything, and it loads no weights: the sides do.
+
+use std::borrow::Cow;
+use std::error::Error;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use mirage_compiler::graph::Graph;
+use mirage_compiler::ops::Load;
+use mirage_compiler::reference::{Tensor, WeightSource};
+use mirage_compiler::typed::{ModelConfig, TypedGraph};
+use mirage_runtime::checkpoint::Checkpoint;
+use mirage_runtime::tokenizer::{Tokenizer, stop_tokens};
+
+use crate::results::ModelFacts;
+
+/// Graphs that come with the program, by `model_type` of a config.json.
+const GRAPHS: [(&str, &str, &str); 2] = [
+    (
+        "qwen3",
+        "graphs/qwen3.ron",
+        include_str!("../../graphs/qwen3.ron"),
+    ),
+    (
+        "llama",
+        "graphs/llama3.ron",
+        include_str!("../../graphs/llama3.ron"),
+    ),
+];
+
+/// Context of a model whose config.json does not name one.
+const DEFAULT_CONTEXT: usize = 4096;
+
+/// A checkpoint with its graph.
+pub struct Model {
+    /// As it was asked for.
+    pub name: String,
+    /// Weights and config.json.
+    pub checkpoint: Checkpoint,
+    /// Text to tokens.
+    pub tokenizer: Tokenizer,
+    /// Tokens that end a text.
+    pub stop_tokens: Vec<u32>,
+    /// Text of the operator graph.
+    pub graph_text: String,
+    /// Its name in errors.
+    pub graph_name: String,
+    /// config.json for the compiler.
+    pub config: ModelConfig,
+    /// The graph with this model's sizes.
+    pub typed: TypedGraph,
+    /// For the report.
+    pub facts: ModelFacts,
+}
+
+impl Model {
+    /// Opens a checkpoint: a folder, or an id such as `Qwen/Qwen3-0.6B` of the local Hugging Face cache. `graph` is used
+    /// in place of the graph that comes with the program.
+    ///
+    /// # Errors
+    /// What is missing or wrong, and how to get it.
+    pub fn open(name: &str, graph: Option<&Path>) -> Result<Model> {
+        let dir = find(
+            name,
+            &hub_caches(|variable| std::env::var_os(variable).map(PathBuf::from)),
+        )?;
+        let checkpoint = Checkpoint::open(&dir)?;
+        let tokenizer = Tokenizer::open(&dir)?;
+        let stop_tokens = stop_tokens(&dir, checkpoint.config())?;
+        let (graph_name, graph_text) = match graph {
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("the graph {} cannot be read", path.display()))?;
+                (path.display().to_string(), text)
+            }
+            None => built_in_graph(
+                checkpoint
+                    .config()
+                    .get("model_type")
+                    .and_then(|value| value.as_str()),
+                &dir,
+            )?,
+        };
+        let file = dir.join("config.json");
+        let text = std::fs::read_to_string(&file)
+            .with_context(|| format!("{} cannot be read", file.display()))?;
+        let config = ModelConfig::parse(&text, &file.to_string_lossy())?;
+        let typed = TypedGraph::new(&Graph::parse(&graph_text, &graph_name)?, &config)?;
+        let facts = facts(
+            name,
+            &checkpoint,
+            &typed,
+            &graph_text,
+            tokenizer.vocabulary(),
+        );
+        Ok(Model {
+            name: name.to_owned(),
+            checkpoint,
+            tokenizer,
+            stop_tokens,
+            graph_text,
+            graph_name,
+            config,
+            typed,
+            facts,
+        })
+    }
+}
+
+fn built_in_graph(model_type: Option<&str>, dir: &Path) -> Result<(String, String)> {
+    let found = GRAPHS.iter().find(|(name, _, _)| Some(*name) == model_type);
+    let Some((_, name, text)) = found else {
+        let known: Vec<_> = GRAPHS.iter().map(|(name, _, _)| *name).collect();
+        bail!(
+            "{}: model_type is {}, and graphs for {} come with mirage-bench; give the operator graph with --graph FILE",
+            dir.join("config.json").display(),
+            model_type.map_or("not given".to_owned(), |name| format!("\"{name}\"")),
+            known.join(" and ")
+        );
+    };
+    Ok(((*name).to_owned(), (*text).to_owned()))
+}
+
+fn facts(
+    name: &str,
+    checkpoint: &Checkpoint,
+    typed: &TypedGraph,
+    graph: &str,
+    tokens: usize,
+) -> ModelFacts {
+    let number = |key: &str| {
+        checkpoint
+            .config()
+            .get(key)
+            .and_then(serde_json::Value::as_u64)
+    };
+    let at = |context| typed.cost(Load { tokens: 1, context });
+    ModelFacts {
+        name: name.to_owned(),
+        parameters: typed.parameters(),
+        layers: typed.layers,
+        vocabulary: number("vocab_size").map_or(tokens, |size| size as usize),
+        context: number("max_position_embeddings").map_or(DEFAULT_CONTEXT, |size| size as usize),
+        step_bytes: at(1).weight_bytes,
+        // One more position in the cache.
+        kv_bytes_per_position: at(3).cache_bytes.saturating_sub(at(2).cache_bytes),
+        weights_hash: checkpoint.fingerprint().to_hex().to_string(),
+        graph_hash: blake3::hash(graph.as_bytes()).to_hex().to_string(),
+    }
+}
+
+/// The folder of a checkpoint that goes by `name`.
+fn find(name: &str, caches: &[PathBuf]) -> Result<PathBuf> {
+    let dir = Path::new(name);
+    if dir.join("config.json").is_file() {
+        return Ok(dir.to_path_buf());
+    }
+    if dir.exists() {
+        bail!(
+            "--model {name}: there is no config.json in it; give the folder of a checkpoint in the Hugging Face layout"
+        );
+    }
+    let Some(repository) = repository(name) else {
+        bail!(
+            "--model {name}: there is no such folder; give a checkpoint's folder, or an id such as Qwen/Qwen3-0.6B"
+        );
+    };
+    if let Some(found) = caches
+        .iter()
+        .find_map(|cache| snapshot(&cache.join(&repository)))
+    {
+        return Ok(found);
+    }
+    let searched: Vec<_> = caches
+        .iter()
+        .map(|cache| cache.display().to_string())
+        .collect();
+    bail!(
+        "--model {name}: it is neither a folder nor in the Hugging Face cache ({}).\n\
+         To get it:           hf download {name}\n\
+         To try without it:   mirage-bench --model models/tiny   (the small model in this repository)",
+        if searched.is_empty() {
+            "none found".to_owned()
+        } else {
+            searched.join(", ")
+        }
+    )
+}
+
+/// The cache folder's name of an id `owner/name`; `None` for what cannot be one.
+fn repository(name: &str) -> Option<String> {
+    let valid = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    let (owner, model) = name.split_once('/')?;
+    (valid(owner) && valid(model)).then(|| format!("models--{owner}--{model}"))
+}
+
+/// Where Hugging Face's tools keep models, by their rules.
+fn hub_caches(variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
+    let explicit = variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE"));
+    let home = variable("HF_HOME").map(|home| home.join("hub"));
+    let xdg = variable("XDG_CACHE_HOME").map(|cache| cache.join("huggingface/hub"));
+    let user = variable("HOME").map(|home| home.join(".cache/huggingface/hub"));
+    explicit.or(home).or(xdg).or(user).into_iter().collect()
+}
+
+/// The newest downloaded version of a cached repository: what `refs/main` names, else the only one.
+fn snapshot(repository: &Path) -> Option<PathBuf> {
+    let snapshots = repository.join("snapshots");
+    let main = std::fs::read_to_string(repository.join("refs/main")).ok();
+    let named = main.map(|hash| snapshots.join(hash.trim()));
+    let mut all: Vec<PathBuf> = std::fs::read_dir(&snapshots)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    all.sort();
+    named
+        .into_iter()
+        .chain(all)
+        .find(|dir| dir.join("config.json").is_file())
+}
+
+/// A checkpoint as the plain reference reads it.
+pub struct Weights<'a>(pub &'a Checkpoint);
+
+impl WeightSource for Weights<'_> {
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>, Box<dyn Error + Send + Sync>> {
+        let tensor = self.0.tensor(name)?;
+        let columns = tensor.columns();
+        let mut data = vec![0.0; tensor.rows() * columns];
+        for (row, out) in data.chunks_exact_mut(columns.max(1)).enumerate() {
+            tensor.read_f32(row, 0, out)?;
+        }
+        Ok(Tensor {
+            shape: tensor.shape().to_vec(),
+            data: Cow::Owned(data),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check_error(name: &str, caches: &[PathBuf], parts: &[&str]) {
+        let error = find(name, caches).expect_err("no such model").to_string();
+        for part in parts {
+            assert!(error.contains(part), "`{part}` is not in: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_told_with_its_mend() {
+        let dir = tempfile::tempdir().expect("a folder");
+        check_error("no/such/folder", &[], &["no such folder"]);
+        check_error(
+            "Qwen/Qwen3-0.6B",
+            &[],
+            &[
+                "hf download Qwen/Qwen3-0.6B",
+                "--model models/tiny",
+                "none found",
+            ],
+        );
+        check_error(&dir.path().to_string_lossy(), &[], &["no config.json"]);
+        check_error("../Qwen", &[], &["no such folder"]);
+        let error = built_in_graph(Some("gpt2"), Path::new("x"))
+            .expect_err("unknown")
+            .to_string();
+        assert!(
+            error.contains("\"gpt2\"") && error.contains("--graph"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_cache_is_searched_by_id() {
+        let cache = tempfile::tempdir().expect("a folder");
+        let repository = cache.path().join("models--Qwen--Qwen3-0.6B");
+        for (hash, complete) in [("aa", true), ("bb", true), ("cc", false)] {
+            let snapshot = repository.join("snapshots").join(hash);
+            std::fs::create_dir_all(&snapshot).expect("a folder");
+            if complete {
+                std::fs::write(snapshot.join("config.json"), "{}").expect("a file");
+            }
+        }
+        let found = || find("Qwen/Qwen3-0.6B", &[cache.path().to_path_buf()]).expect("it is there");
+        assert!(found().ends_with("aa"));
+        std::fs::create_dir_all(repository.join("refs")).expect("a folder");
+        std::fs::write(repository.join("refs/main"), "bb\n").expect("a file");
+        assert!(found().ends_with("bb"));
+    }
+
+    #[test]
+    fn caches_follow_the_environment() {
+        let caches = |variables: &[(&str, &str)]| {
+            let variables: Vec<(String, PathBuf)> = variables
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), PathBuf::from(value)))
+                .collect();
+            hub_caches(move |name| {
+                variables
+                    .iter()
+                    .find(|(known, _)| known == name)
+                    .map(|(_, value)| value.clone())
+            })
+        };
+        assert_eq!(
+            caches(&[("HOME", "/h")]),
+            [PathBuf::from("/h/.cache/huggingface/hub")]
+        );
+        assert_eq!(
+            caches(&[("HOME", "/h"), ("HF_HOME", "/f")]),
+            [PathBuf::from("/f/hub")]
+        );
+        assert_eq!(
+            caches(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/c")]),
+            [PathBuf::from("/c")]
+        );
+        assert!(caches(&[]).is_empty());
+    }
+}

@@ -1,0 +1,173 @@
+//! What the oracle needs of mirage on a GPU: teacher-forced logits in `oracle/`'s raw format, and step times.
+//!
+//! ```text
+//! cargo run --release -p mirage-runtime --example oracle -- score GRAPH MODEL BATCH MAX_SEQ PROMPTS.json OUT.f32
+//! cargo run --release -p mirage-runtime --example oracle -- steps GRAPH MODEL BATCH MAX_SEQ POSITION
+//! cargo run --release -p mirage-runtime --example oracle -- tokens GRAPH MODEL BATCH MAX_SEQ NEW_TOKENS
+//! ```
+//!
+//! `score` runs the prompts `BATCH` at a time; `oracle/check.py` judges the file. `steps` prints the median time of a
+//! decode step at a position over five runs, greedy and sampled. `tokens` makes one generation of a full batch of prompts
+//! of mixed lengths and checks that it repeats, alone and together: one launch each, for a profiler or a sanitizer.
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::time::Instant;
+
+use mirage_compiler::driver;
+use mirage_compiler::plan::Target;
+use mirage_compiler::typed::ModelConfig;
+use mirage_runtime::checkpoint::Checkpoint;
+use mirage_runtime::generate::{Executor, GenerateRequest};
+use mirage_runtime::gpu::Gpu;
+use mirage_runtime::megakernel::Megakernel;
+use mirage_runtime::sampler::SamplingParams;
+
+const USAGE: &str =
+    "score|steps|tokens GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION | NEW_TOKENS)";
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let (&[command, graph, model, batch, max_seq], rest) = args.split_first_chunk().ok_or(USAGE)?;
+    let batch: usize = batch.parse()?;
+    let mut kernel = load(graph, model, batch, max_seq.parse()?)?;
+    match (command, rest) {
+        ("score", &[prompts, out]) => score(&mut kernel, batch, prompts, out),
+        ("steps", &[position]) => steps(&mut kernel, batch, position.parse()?),
+        ("tokens", &[new_tokens]) => tokens(&mut kernel, batch, new_tokens.parse()?),
+        _ => Err(USAGE.into()),
+    }
+}
+
+fn load(
+    graph: &str,
+    model: &str,
+    batch: usize,
+    max_seq: usize,
+) -> Result<Megakernel, Box<dyn Error>> {
+    let gpu = Gpu::open(0)?;
+    let target = Target {
+        gpu: gpu.properties().model()?,
+        batch,
+        max_seq,
+    };
+    let config = format!("{model}/config.json");
+    let config = ModelConfig::parse(&fs::read_to_string(&config)?, &config)?;
+    let compiled = driver::compile(&fs::read_to_string(graph)?, graph, &config, &target)?;
+    let begin = Instant::now();
+    let artifact = compiled.build()?.artifact;
+    let built = begin.elapsed();
+    let checkpoint = Checkpoint::open(Path::new(model))?;
+    let begin = Instant::now();
+    let kernel = Megakernel::load(
+        &gpu,
+        compiled.program,
+        &artifact.cubin,
+        &checkpoint,
+        &mut |_, _| {},
+    )?;
+    println!(
+        "{}: batch {batch}, cubin in {built:.1?}, weights in {:.1?}",
+        gpu.name(),
+        begin.elapsed()
+    );
+    Ok(kernel)
+}
+
+fn score(
+    kernel: &mut Megakernel,
+    batch: usize,
+    prompts: &str,
+    out: &str,
+) -> Result<(), Box<dyn Error>> {
+    let prompts: Vec<Vec<u32>> = serde_json::from_str(&fs::read_to_string(prompts)?)?;
+    let mut out = BufWriter::new(File::create(out)?);
+    for sequences in prompts.chunks(batch) {
+        for logits in kernel.score(sequences)? {
+            out.write_all(bytemuck::cast_slice(&logits.values))?;
+        }
+    }
+    Ok(out.flush()?)
+}
+
+/// Tokens that differ from sequence to sequence.
+fn prompt(kernel: &Megakernel, sequence: usize, length: usize) -> Vec<u32> {
+    let vocab = kernel.program().vocab;
+    (0..length)
+        .map(|i| ((i * 7919 + sequence * 104_729 + 13) % vocab) as u32)
+        .collect()
+}
+
+/// The difference of two generations of different lengths: prefill and launch fall out of it.
+fn steps(kernel: &mut Megakernel, batch: usize, position: usize) -> Result<(), Box<dyn Error>> {
+    const FEW: usize = 16;
+    const MANY: usize = 80;
+    for temperature in [0.0, 0.8] {
+        let sampling = SamplingParams {
+            temperature,
+            top_p: if temperature > 0.0 { 0.95 } else { 1.0 },
+            seed: 1,
+            ..SamplingParams::default()
+        };
+        let mut time = |new_tokens: usize| -> Result<f32, Box<dyn Error>> {
+            let requests: Vec<GenerateRequest> = (0u32..)
+                .take(batch)
+                .map(|stream| GenerateRequest {
+                    sampling,
+                    stream,
+                    ..GenerateRequest::greedy(prompt(kernel, stream as usize, position), new_tokens)
+                })
+                .collect();
+            kernel.generate_all(&requests)?;
+            Ok(kernel.kernel_ms().unwrap_or(0.0))
+        };
+        let mut times = Vec::new();
+        for _ in 0..5 {
+            times.push((time(MANY)? - time(FEW)?) / (MANY - FEW) as f32 * 1e3);
+        }
+        times.sort_by(f32::total_cmp);
+        println!(
+            "batch {batch}, position {position}, temperature {temperature}: {:.1} us a step (min {:.1}, max {:.1})",
+            times[2], times[0], times[4]
+        );
+    }
+    Ok(())
+}
+
+fn tokens(kernel: &mut Megakernel, batch: usize, new_tokens: usize) -> Result<(), Box<dyn Error>> {
+    let requests: Vec<GenerateRequest> = (0u32..)
+        .take(batch)
+        .map(|stream| {
+            let length = 1 + stream as usize * 11 % 48;
+            let mut request =
+                GenerateRequest::greedy(prompt(kernel, stream as usize, length), new_tokens);
+            request.stream = stream;
+            if stream % 2 == 1 {
+                request.sampling = SamplingParams {
+                    temperature: 0.8,
+                    top_k: 50,
+                    top_p: 0.9,
+                    seed: 7,
+                };
+            }
+            request
+        })
+        .collect();
+    let together = kernel.generate_all(&requests)?;
+    if kernel.generate_all(&requests)? != together {
+        return Err("two runs of the same batch differ".into());
+    }
+    for (request, expect) in requests.iter().zip(&together) {
+        if kernel.generate_all(std::slice::from_ref(request))?[0] != *expect {
+            return Err("a sequence's tokens depend on its batch".into());
+        }
+    }
+    let launches = 2 + requests.len();
+    println!(
+        "{new_tokens} tokens of {batch} sequences, bit for bit the same in {launches} generations"
+    );
+    Ok(())
+}
