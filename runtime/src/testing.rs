@@ -1,5 +1,10 @@
 //! Small models with random weights for tests: a graph with the sizes of a config.json, a checkpoint for it on disk, and
 //! the programs that plans of many kinds make of it.
+//!
+//! No part of the library: unit tests have it as a module, and the tests beside `src` include this file
+//! (`tests/common/mod.rs`), so it must use nothing of this crate that is not public.
+
+use std::path::Path;
 
 use mirage_compiler::arch::{Arch, GpuModel};
 use mirage_compiler::fuse::FusedGraph;
@@ -14,6 +19,9 @@ use tempfile::TempDir;
 
 use crate::checkpoint::Checkpoint;
 
+pub(crate) const QWEN3: &str = include_str!("../../graphs/qwen3.ron");
+pub(crate) const LLAMA3: &str = include_str!("../../graphs/llama3.ron");
+
 /// Sizes of a model. Heads have 64 elements.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {
@@ -26,19 +34,19 @@ pub(crate) struct Sizes {
     pub(crate) tied: bool,
 }
 
-/// A model with its checkpoint, which lives as long as the model does.
+/// A model with its checkpoint, whose files live as long as the model does.
 pub(crate) struct Model {
     pub(crate) typed: TypedGraph,
     pub(crate) fused: FusedGraph,
     pub(crate) checkpoint: Checkpoint,
-    _dir: TempDir,
+    /// The folder of a checkpoint made here.
+    _dir: Option<TempDir>,
 }
 
 /// A Qwen3: q and k normed, head tied or not.
 pub(crate) fn qwen3(sizes: Sizes) -> Model {
-    let graph = include_str!("../../graphs/qwen3.ron");
     model(
-        graph,
+        QWEN3,
         &config(sizes, r#""model_type": "qwen3", "rope_theta": 10000.0"#),
     )
 }
@@ -47,10 +55,7 @@ pub(crate) fn qwen3(sizes: Sizes) -> Model {
 pub(crate) fn llama3(sizes: Sizes) -> Model {
     let extra = r#""model_type": "llama", "rope_theta": 10000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
         "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}"#;
-    model(
-        include_str!("../../graphs/llama3.ron"),
-        &config(sizes, extra),
-    )
+    model(LLAMA3, &config(sizes, extra))
 }
 
 fn config(sizes: Sizes, extra: &str) -> String {
@@ -70,11 +75,17 @@ fn config(sizes: Sizes, extra: &str) -> String {
     )
 }
 
-fn model(graph: &str, config: &str) -> Model {
+/// A graph with the sizes of a config.json.
+fn stages(graph: &str, config: &str) -> (TypedGraph, FusedGraph) {
     let graph = Graph::parse(graph, "graph.ron").unwrap();
     let typed = TypedGraph::new(&graph, &ModelConfig::parse(config, "config.json").unwrap());
     let typed = typed.unwrap_or_else(|error| panic!("{error}"));
     let fused = FusedGraph::new(&typed).unwrap();
+    (typed, fused)
+}
+
+fn model(graph: &str, config: &str) -> Model {
+    let (_, fused) = stages(graph, config);
     let mut random = Random(7);
     let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = fused
         .weights
@@ -114,11 +125,22 @@ fn model(graph: &str, config: &str) -> Model {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("config.json"), config).unwrap();
     safetensors::serialize_to_file(views, None, &dir.path().join("model.safetensors")).unwrap();
+    let opened = open(graph, dir.path());
+    Model {
+        _dir: Some(dir),
+        ..opened
+    }
+}
+
+/// A graph with the sizes and the weights of a checkpoint.
+pub(crate) fn open(graph: &str, dir: &Path) -> Model {
+    let config = std::fs::read_to_string(dir.join("config.json")).unwrap();
+    let (typed, fused) = stages(graph, &config);
     Model {
         typed,
         fused,
-        checkpoint: Checkpoint::open(dir.path()).unwrap(),
-        _dir: dir,
+        checkpoint: Checkpoint::open(dir).unwrap(),
+        _dir: None,
     }
 }
 
@@ -196,8 +218,25 @@ pub(crate) struct Choice {
 impl Choice {
     /// The program of this plan.
     pub(crate) fn program(&self, model: &Model, batch: usize, max_seq: usize) -> Program {
+        let gpu = GpuModel::default_for(Arch::Sm90a);
+        self.program_on(gpu, model, batch, max_seq)
+    }
+
+    /// The program of this plan, on some SMs of a GPU.
+    pub(crate) fn program_on(
+        &self,
+        gpu: GpuModel,
+        model: &Model,
+        batch: usize,
+        max_seq: usize,
+    ) -> Program {
         let ctas = self.groups * self.members + self.helpers;
-        let target = target(ctas as u32, batch, max_seq);
+        let sms = ctas as u32;
+        let target = Target {
+            gpu: GpuModel { sms, ..gpu },
+            batch,
+            max_seq,
+        };
         let (mut plan, _) = Plan::search(&model.fused, &target).unwrap();
         plan.mesh = Mesh {
             groups: self.groups,

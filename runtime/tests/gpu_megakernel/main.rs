@@ -1,0 +1,15 @@
+//! The megakernel on a GPU, from graph to tokens: compiled for the GPU at hand, loaded, and held against the CPU executor
+//! of the same program, against transformers, and against itself.
+//!
+//! Needs NVRTC beside the GPU (`MIRAGE_NVRTC`, or where `mirage_compiler::nvrtc` looks).
+
+#[path = "../common/mod.rs"]
+mod common;
+mod device;
+mod endings;
+mod numerics;
+mod refusals;
+mod sameness;
+mod tiny;
+
+use mirage_runtime::checkpoint;

@@ -1,0 +1,168 @@
+//! What must be equal to the bit: repeated runs, a sequence alone and in company, in one slot and in another; and tokens
+//! against the CPU's sampler on the kernel's own logits.
+
+use std::collections::BTreeSet;
+
+use mirage_compiler::mesh::{Placement, Split};
+use mirage_compiler::plan::StreamForm;
+use mirage_runtime::generate::{Executor, GenerateRequest};
+use mirage_runtime::megakernel::Megakernel;
+use mirage_runtime::sampler::SamplingParams;
+
+use crate::common::testing::{Choice, qwen3};
+use crate::common::{prompts, tiny};
+use crate::device::{Kernel, SIZES, turn};
+
+const LENGTHS: [usize; 16] = [7, 1, 70, 2, 33, 16, 5, 1, 40, 3, 9, 12, 64, 65, 17, 80];
+
+/// Every way to sample.
+fn samplings() -> impl Iterator<Item = SamplingParams> + Clone {
+    let sampled = |(temperature, top_k, top_p)| SamplingParams {
+        temperature,
+        top_k,
+        top_p,
+        seed: 5,
+    };
+    [
+        (0.0, 0, 1.0),
+        (1.0, 0, 1.0),
+        (0.7, 10, 1.0),
+        (2.0, 0, 0.9),
+        (1.0, 20, 0.5),
+        (0.3, 1, 1.0),
+        (1e4, 0, 1.0),
+        (1e-4, 0, 0.01),
+    ]
+    .map(sampled)
+    .into_iter()
+}
+
+/// Requests that differ in everything.
+fn mixed(batch: usize, vocab: usize) -> Vec<GenerateRequest> {
+    (0u32..)
+        .zip(prompts(&LENGTHS[..batch], vocab))
+        .zip(samplings().cycle())
+        .map(|((stream, prompt), sampling)| GenerateRequest {
+            max_new_tokens: 3 + stream as usize,
+            sampling,
+            stream,
+            stop_tokens: BTreeSet::from([3]),
+            prompt,
+        })
+        .collect()
+}
+
+/// Nothing but its own request changes a sequence.
+fn check_company(gpu: &mut Megakernel) {
+    let (batch, vocab) = (gpu.limits().batch, gpu.limits().vocab);
+    let requests = mixed(batch, vocab);
+    let together = gpu.generate_all(&requests).unwrap();
+    for _ in 0..20 {
+        assert_eq!(gpu.generate_all(&requests).unwrap(), together);
+    }
+    let reversed: Vec<_> = requests.iter().rev().cloned().collect();
+    let mut from_reversed = gpu.generate_all(&reversed).unwrap();
+    from_reversed.reverse();
+    assert_eq!(from_reversed, together);
+    for (slot, (request, want)) in requests.iter().zip(&together).enumerate() {
+        let alone = gpu.generate_all(std::slice::from_ref(request)).unwrap();
+        assert_eq!(&alone[0], want, "sequence {slot} alone");
+        // In the second slot, behind one that ends early.
+        let early = GenerateRequest::greedy(vec![1], 1);
+        let second = gpu.generate_all(&[early, request.clone()]).unwrap();
+        assert_eq!(&second[1], want, "sequence {slot} in the second slot");
+    }
+    let sequences = prompts(&LENGTHS[..batch], vocab);
+    let all = gpu.score(&sequences).unwrap();
+    assert!(gpu.score(&sequences).unwrap() == all, "logits repeat");
+    for (slot, want) in all.iter().enumerate() {
+        let alone = gpu.score(&sequences[slot..=slot]).unwrap();
+        assert!(alone[0] == *want, "logits of sequence {slot} alone");
+    }
+}
+
+#[test]
+fn neighbours_change_nothing() {
+    let model = qwen3(SIZES);
+    let scattered = Choice {
+        groups: 2,
+        members: 2,
+        helpers: 1,
+        qkv_members: Split::Rows,
+        writers: Placement {
+            groups: Split::Columns,
+            members: Split::Rows,
+        },
+        stream: StreamForm::Scattered,
+        kv_splits: 2,
+        heads_per_task: 1,
+        prefill_columns: 4,
+    };
+    let replicated = Choice {
+        stream: StreamForm::Replicated,
+        prefill_columns: 16,
+        ..scattered
+    };
+    for kernel in [
+        Kernel::planned(&model, 8, 104),
+        Kernel::planned(&model, 16, 104),
+        Kernel::chosen(&model, &scattered, 8, 104),
+        Kernel::chosen(&model, &replicated, 5, 104),
+    ] {
+        let turn = turn();
+        check_company(&mut kernel.load(&turn, &model));
+    }
+}
+
+#[test]
+fn neighbours_change_nothing_in_the_tiny_model() {
+    let model = tiny();
+    let kernel = Kernel::planned(&model, 8, 128);
+    let turn = turn();
+    check_company(&mut kernel.load(&turn, &model));
+}
+
+/// Prompts of one token have no prefill: all logits are of decode steps, as the scored ones are.
+fn check_sampler(gpu: &mut Megakernel) {
+    let (batch, vocab) = (gpu.limits().batch, gpu.limits().vocab);
+    for round in 0..4u32 {
+        let requests: Vec<_> = (0u32..)
+            .zip(samplings().cycle().skip(round as usize))
+            .take(batch)
+            .map(|(slot, sampling)| GenerateRequest {
+                sampling: SamplingParams {
+                    seed: sampling.seed << 40 | u64::from(round),
+                    ..sampling
+                },
+                stream: round * 100 + slot,
+                ..GenerateRequest::greedy(vec![(slot * 7 + round) % vocab as u32], 60)
+            })
+            .collect();
+        let generated = gpu.generate_all(&requests).unwrap();
+        let whole: Vec<Vec<u32>> = requests
+            .iter()
+            .zip(&generated)
+            .map(|(request, generated)| [&request.prompt[..], &generated.tokens].concat())
+            .collect();
+        let scored = gpu.score(&whole).unwrap();
+        for ((request, generated), logits) in requests.iter().zip(&generated).zip(&scored) {
+            let sampler = request.sampling.sampler().unwrap();
+            assert_eq!(generated.tokens.len(), 60);
+            for (position, &token) in (0u32..).zip(&generated.tokens) {
+                // The row of a position predicts the next one.
+                let row = logits.row(position as usize);
+                let want = sampler.sample(row, request.stream, position + 1);
+                assert_eq!(token, want, "{:?}, position {position}", request.sampling);
+            }
+        }
+    }
+}
+
+#[test]
+fn tokens_are_the_cpu_sampler_s() {
+    for (model, batch) in [(qwen3(SIZES), 16), (tiny(), 1), (tiny(), 8)] {
+        let kernel = Kernel::planned(&model, batch, 64);
+        let turn = turn();
+        check_sampler(&mut kernel.load(&turn, &model));
+    }
+}
