@@ -205,8 +205,6 @@ pub(crate) struct Choice {
     pub(crate) members: usize,
     /// CTAs that only help with the head.
     pub(crate) helpers: usize,
-    /// What the members split of q, k and v.
-    pub(crate) qkv_members: Split,
     /// Placement of the linears that write the residual stream.
     pub(crate) writers: Placement,
     pub(crate) stream: StreamForm,
@@ -243,16 +241,16 @@ impl Choice {
             members: self.members,
             ctas,
         };
-        let rows = |members| Placement {
+        let rows = Placement {
             groups: Split::Rows,
-            members,
+            members: Split::Rows,
         };
         // q, k and v; attention; o; gate and up; down.
         plan.placements = vec![
-            Some(rows(self.qkv_members)),
+            Some(rows),
             None,
             Some(self.writers),
-            Some(rows(Split::Rows)),
+            Some(rows),
             Some(self.writers),
         ];
         plan.heads_per_task = self.heads_per_task;
@@ -274,11 +272,12 @@ impl Choice {
                 .enumerate()
             {
                 let odd = (i + j) % 2;
+                let by_rows = writers.groups == Split::Rows && writers.members == Split::Rows;
                 all.push(Choice {
                     groups: [2, 1][odd],
-                    members: [3, 5][odd],
+                    // A stream of five tiles has rows for five workers.
+                    members: [if by_rows { 2 } else { 3 }, 5][odd],
                     helpers: [3, 0, 1][(i + 2 * j) % 3],
-                    qkv_members: [Split::Rows, Split::Columns][i / 2],
                     writers,
                     stream,
                     kv_splits: [1, 3, 2][(2 * i + j) % 3],

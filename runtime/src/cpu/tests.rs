@@ -205,7 +205,6 @@ fn neighbours_change_nothing() {
         groups: 2,
         members: 2,
         helpers: 1,
-        qkv_members: Split::Rows,
         writers: Placement {
             groups: Split::Columns,
             members: Split::Rows,

@@ -3,7 +3,7 @@
 use std::fs::read_to_string;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use mirage_compiler::arch::{DeviceFacts, GpuModel};
+use mirage_compiler::arch::GpuModel;
 use mirage_compiler::artifact::SOURCE_FILE;
 use mirage_compiler::cubin_cache;
 use mirage_compiler::driver;
@@ -48,15 +48,7 @@ pub(crate) fn turn() -> Turn {
 /// What kernels are compiled for.
 pub(crate) fn gpu_model() -> GpuModel {
     let gpu = Gpu::open(0).expect("these tests need a GPU");
-    let device = gpu.properties();
-    GpuModel::of_device(&DeviceFacts {
-        name: &device.name,
-        compute_capability: device.compute_capability,
-        sms: device.sm_count as u32,
-        smem_per_block_optin: device.shared_bytes_per_block as u32,
-        l2_bytes: device.l2_bytes as u64,
-    })
-    .unwrap()
+    gpu.properties().model().unwrap()
 }
 
 /// A program and its code.

@@ -76,8 +76,8 @@ fn requests_beyond_the_limits_are_refused() {
 fn too_little_memory_is_an_error_with_numbers() {
     let model = qwen3(Sizes {
         layers: 16,
-        hidden: 64,
-        ffn: 64,
+        hidden: 128,
+        ffn: 512,
         heads: 8,
         kv_heads: 8,
         vocab: 64,
