@@ -12,4 +12,6 @@ echo "== mirage-compile graphs/qwen3.ron"
 "$target/mirage-compile" graphs/qwen3.ron --out out/qwen3
 echo
 echo "== mirage-bench --model models/tiny"
-"$target/mirage-bench" --model models/tiny
+# Few iterations, for a first look. `mirage-bench` alone has the defaults that numbers should be taken with.
+"$target/mirage-bench" --model models/tiny --num-warmup 1 --num-iterations 3 --batch-sizes 1 4 --max-tokens 32 \
+  --output-report out/benchmark_report.txt --output-json out/benchmark_results.json --output-html out/benchmark_report.html

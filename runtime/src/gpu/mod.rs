@@ -5,8 +5,7 @@
 //! It must not know a kernel, a model or a plan: what is launched and with which parameters is the caller's business.
 //!
 //! What is safe and what is not: allocation, copies that wait, streams, events and queries are safe. A launch is `unsafe`,
-//! because mirage_compiler::arch::{DeviceFacts, GpuModel, UnsupportedDevice};
-use the kernel follows raw device pointers that no Rust type can vouch for; so are copies that return before the
+//! because the kernel follows raw device pointers that no Rust type can vouch for; so are copies that return before the
 //! host memory they read or write is free again.
 //!
 //! The driver library is loaded when the first [`Gpu`] is opened. Only symbols of CUDA 12.0 are used, so any driver from
@@ -23,6 +22,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use mirage_compiler::arch::{DeviceFacts, GpuModel, UnsupportedDevice};
 
 pub use error::GpuError;
 pub use memory::{DeviceBuffer, MappedBuffer};
