@@ -38,7 +38,7 @@ pub fn measure(gpu: &Gpu) -> Result<f64> {
         text: SOURCE.to_owned(),
         headers: Vec::new(),
     };
-    let fetched = cubin_cache::fetch(&source, gpu.model()?.arch, &Options::default())?;
+    let fetched = cubin_cache::fetch(&source, gpu.properties().model()?.arch, &Options::default())?;
     let function = Module::load(gpu, &fetched.compiled.cubin)?.function("stream_read")?;
     let (free, _) = gpu.memory()?;
     // Whole vectors, and half of the free memory at most.

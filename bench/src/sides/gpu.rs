@@ -73,6 +73,7 @@ impl Side for MirageGpu<'_> {
         let target = Target {
             gpu: self
                 .gpu
+                .properties()
                 .model()
                 .map_err(|error| SideError::Failed(error.into()))?,
             batch: shape.batch,
