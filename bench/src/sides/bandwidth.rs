@@ -10,8 +10,6 @@ use mirage_compiler::cubin_cache;
 use mirage_compiler::nvrtc::{Options, Source};
 use mirage_runtime::gpu::{DeviceBuffer, Event, Gpu, LaunchConfig, Module, Stream};
 
-use super::gpu::gpu_model;
-
 const SOURCE: &str = include_str!("bandwidth.cu");
 /// Largest array to read, in bytes.
 const LARGEST: usize = 2 << 30;
@@ -40,7 +38,7 @@ pub fn measure(gpu: &Gpu) -> Result<f64> {
         text: SOURCE.to_owned(),
         headers: Vec::new(),
     };
-    let fetched = cubin_cache::fetch(&source, gpu_model(gpu)?.arch, &Options::default())?;
+    let fetched = cubin_cache::fetch(&source, gpu.properties().model()?.arch, &Options::default())?;
     let function = Module::load(gpu, &fetched.compiled.cubin)?.function("stream_read")?;
     let (free, _) = gpu.memory()?;
     // Whole vectors, and half of the free memory at most.

@@ -6,7 +6,6 @@
 use std::time::Instant;
 
 use anyhow::anyhow;
-use mirage_compiler::arch::{DeviceFacts, GpuModel};
 use mirage_compiler::driver::{CompileError, compile};
 use mirage_compiler::plan::Target;
 use mirage_runtime::gpu::{Gpu, GpuError};
@@ -41,18 +40,6 @@ impl<'a> MirageGpu<'a> {
     }
 }
 
-/// The GPU as the planner knows it.
-pub(super) fn gpu_model(gpu: &Gpu) -> anyhow::Result<GpuModel> {
-    let properties = gpu.properties();
-    Ok(GpuModel::of_device(&DeviceFacts {
-        name: gpu.name(),
-        compute_capability: properties.compute_capability,
-        sms: u32::try_from(properties.sm_count)?,
-        smem_per_block_optin: u32::try_from(properties.shared_bytes_per_block)?,
-        l2_bytes: u64::try_from(properties.l2_bytes)?,
-    })?)
-}
-
 pub(super) fn gpu_error(error: GpuError) -> SideError {
     match error {
         GpuError::OutOfMemory { .. } => SideError::NoRoom(error.to_string()),
@@ -84,7 +71,11 @@ impl Side for MirageGpu<'_> {
         let begin = Instant::now();
         let model = self.model;
         let target = Target {
-            gpu: gpu_model(&self.gpu)?,
+            gpu: self
+                .gpu
+                .properties()
+                .model()
+                .map_err(|error| SideError::Failed(error.into()))?,
             batch: shape.batch,
             max_seq: compiled_context(shape.context, model.facts.context),
         };

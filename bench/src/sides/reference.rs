@@ -1,7 +1,7 @@
 //! The plain per-op reference on the CPU: the baseline of `--device cpu`.
 //!
-//! One thread, f32, one operator and one token after the other: an oracle, made to be read. Batched sequences take turns,
-//! token by token, so that first tokens come as they would from an engine that decodes them together.
+//! One thread, f32, one operator and one token after the other: an oracle, made to be read. Like the compiled program it
+//! takes in all prompts of a batch before it makes the first token; then the sequences take turns, token by token.
 
 use std::time::Instant;
 
@@ -71,6 +71,7 @@ impl Side for PlainReference<'_> {
         let sampler = sampling(work.sampling).sampler().map_err(failed)?;
         let begin = Instant::now();
         let mut running = Vec::new();
+        let mut after_prompts = Vec::new();
         for sequence in &work.sequences {
             let mut state = Sequence::default();
             let mut logits = Vec::new();
@@ -80,14 +81,17 @@ impl Side for PlainReference<'_> {
                 }
                 logits = reference.step(&mut state, token).map_err(failed)?;
             }
-            let mut run = Run {
+            after_prompts.push(logits);
+            running.push(Run {
                 state,
                 tokens: Vec::new(),
                 stamps: Vec::new(),
                 position: sequence.prompt.len(),
-            };
-            run.choose(&logits, &sampler, sequence.stream, begin);
-            running.push(run);
+            });
+        }
+        let sequences = running.iter_mut().zip(&work.sequences);
+        for ((run, sequence), logits) in sequences.zip(&after_prompts) {
+            run.choose(logits, &sampler, sequence.stream, begin);
         }
         for _ in 1..work.max_tokens {
             for (run, sequence) in running.iter_mut().zip(&work.sequences) {
