@@ -33,7 +33,7 @@ pub fn write(results: &Results) -> serde_json::Result<String> {
     serde_json::to_string_pretty(results).map(|text| text + "\n")
 }
 
-/// Reads a file that [`write`] made; `file` is its name in errors.
+/// Reads a file that [`write()`] made; `file` is its name in errors.
 ///
 /// # Errors
 /// [`ReadError`].
