@@ -2,7 +2,7 @@
 //!
 //! From flags to files: [`cli`] and [`app`]; the model and prompts of a run: [`model`], [`prompts`], [`workload`]; the engines
 //! behind one trait: [`side`], [`sides`]; the measurement: [`harness`] with its correctness [`gate`]; what becomes of it:
-//! [`derive`], [`stats`], [`results`]; what people read: [`report`], [`compare`], [`external`].
+//! [`mod@derive`], [`stats`], [`results`]; what people read: [`report`], [`compare`], [`external`].
 
 pub mod app;
 pub mod category;
