@@ -1,6 +1,6 @@
 //! The results of a run, as the JSON file holds them and every report reads them.
 //!
-//! Owns the data model, its version, and no arithmetic beyond what [`SidePoint::new`] and its like derive from the raw
+//! Owns the data model, its version, and no arithmetic beyond what [`SidePoint`] and its like derive from the raw
 //! iterations: reports only format. Field names are the JSON's; `bench/results.schema.json` is generated from here.
 //! Times are in milliseconds unless a name says otherwise.
 
