@@ -16,6 +16,8 @@ namespace mirage {
 template <class Model>
 MIRAGE_DEVICE void stream_weights(const Params& params, RingWriter<typename Model::Ring>& ring, int cta) {
   typedef typename Model::Mesh Mesh;
+  // A small model leaves some CTAs without weights.
+  if (params.stream_offsets[cta] == params.stream_offsets[cta + 1]) return;
   const uint8_t* stream = params.weights + params.stream_offsets[cta];
 #pragma unroll 1
   for (uint32_t step = 0;; step++) {

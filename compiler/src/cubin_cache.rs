@@ -194,7 +194,7 @@ fn key(nvrtc: &Nvrtc, source: &Source, arch: Arch, options: &Options) -> blake3:
     let (major, minor) = nvrtc.version();
     part(FORMAT);
     part(&format!("nvrtc {major}.{minor}"));
-    let arguments = options.arguments(arch);
+    let arguments = options.arguments(arch, (major, minor));
     part(&arguments.len().to_string());
     for argument in &arguments {
         part(argument);

@@ -28,6 +28,10 @@ use find::Surroundings;
 /// Lines of a compile log that an error shows: the first errors are the ones that matter.
 const LOG_LINES: usize = 40;
 
+/// First version that keeps compilations in a cache of its own, and knows `--no-cache`. A cubin from that cache
+/// comes without ptxas' report, and so would pass for one without kernels.
+const NO_CACHE_SINCE: (i32, i32) = (12, 9);
+
 /// A CUDA source with the headers it includes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
@@ -51,14 +55,17 @@ pub struct Options {
 }
 
 impl Options {
-    /// The full list that NVRTC is given for `arch`, in order: what a cache must key on.
-    pub fn arguments(&self, arch: Arch) -> Vec<String> {
+    /// The full list that NVRTC of a version, such as `(13, 0)`, is given for `arch`, in order: what a cache must key on.
+    pub fn arguments(&self, arch: Arch, version: (i32, i32)) -> Vec<String> {
         let mut arguments = vec![
             format!("--gpu-architecture={arch}"),
             "--std=c++17".to_owned(),
             "--device-as-default-execution-space".to_owned(),
             "--ptxas-options=-v".to_owned(),
         ];
+        if version >= NO_CACHE_SINCE {
+            arguments.push("--no-cache".to_owned());
+        }
         if self.line_info {
             arguments.push("--generate-line-info".to_owned());
         }
@@ -217,7 +224,7 @@ impl Nvrtc {
             .map(|(name, text)| Ok((c_string("a header's name", name)?, c_string(name, text)?)))
             .collect::<Result<Vec<_>, NvrtcError>>()?;
         let arguments = options
-            .arguments(arch)
+            .arguments(arch, self.version())
             .iter()
             .map(|argument| c_string("an option", argument))
             .collect::<Result<Vec<_>, _>>()?;

@@ -4,6 +4,8 @@ use std::ffi::{CString, c_int, c_void};
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUresult};
+use object::read::elf::ElfFile64;
+use object::{Endianness, Object, ObjectSection};
 
 use super::{Gpu, GpuError, Stream, check, error::describe};
 
@@ -30,14 +32,13 @@ impl Module {
     /// [`GpuError::Image`] if it is no code for this GPU and driver, or a failing driver call.
     pub fn load(gpu: &Gpu, cubin: &[u8]) -> Result<Self, GpuError> {
         gpu.bind()?;
-        // The driver takes no length: it finds the end in the ELF header, or a PTX text's zero byte. So refuse what has
-        // neither.
-        let is_elf = cubin.len() > 64 && cubin.starts_with(b"\x7fELF");
-        if !is_elf && cubin.last() != Some(&0) {
+        // The driver takes no length: it goes by what an ELF file's headers promise, or by a PTX text's zero byte. So
+        // refuse what has neither: it would read past the end.
+        if !is_whole_elf(cubin) && cubin.last() != Some(&0) {
             return Err(Self::refused(
                 gpu,
                 "not a cubin".into(),
-                "neither an ELF file nor PTX text".into(),
+                "neither a whole ELF file nor PTX text".into(),
             ));
         }
         let mut module = std::ptr::null_mut();
@@ -112,6 +113,12 @@ impl Module {
             attributes,
         })
     }
+}
+
+/// Whether all the sections are there that the file's headers promise.
+fn is_whole_elf(bytes: &[u8]) -> bool {
+    ElfFile64::<Endianness>::parse(bytes)
+        .is_ok_and(|file| file.sections().all(|section| section.data().is_ok()))
 }
 
 impl Drop for Loaded {
@@ -260,25 +267,8 @@ impl Function {
         config: LaunchConfig,
         params: &P,
     ) -> Result<(), GpuError> {
-        stream.bind_with(&self.module.inner.gpu)?;
-        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        let ([gx, gy, gz], [bx, by, bz]) = (config.grid, config.block);
-        // SAFETY: the driver copies the parameter before it returns; the rest is the caller's promise.
-        check("cuLaunchKernel", unsafe {
-            sys::cuLaunchKernel(
-                self.function,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                config.dynamic_shared_bytes,
-                stream.raw(),
-                arguments.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        })
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, config, params, &mut []) }
     }
 
     /// As [`Self::launch`], for a kernel whose blocks wait for each other: all of them run at the same time, or the
@@ -296,7 +286,6 @@ impl Function {
         params: &P,
     ) -> Result<(), GpuError> {
         let gpu = &self.module.inner.gpu;
-        stream.bind_with(gpu)?;
         if !gpu.properties().cooperative_launch {
             return Err(GpuError::NoCooperativeLaunch {
                 gpu: gpu.name().to_owned(),
@@ -312,22 +301,64 @@ impl Function {
                 limit,
             });
         }
+        let mut cooperative = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
+            pad: [0; 4],
+            // SAFETY: plain integers, for all of which zero is a value.
+            value: unsafe { std::mem::zeroed() },
+        };
+        cooperative.value.cooperative = 1;
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, config, params, &mut [cooperative]) }
+    }
+
+    /// # Safety
+    /// As [`Self::launch`].
+    unsafe fn enqueue<P: Copy>(
+        &self,
+        stream: &Stream,
+        config: LaunchConfig,
+        params: &P,
+        attributes: &mut [sys::CUlaunchAttribute],
+    ) -> Result<(), GpuError> {
+        stream.bind_with(&self.module.inner.gpu)?;
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         let ([gx, gy, gz], [bx, by, bz]) = (config.grid, config.block);
-        // SAFETY: as in `launch`.
-        check("cuLaunchCooperativeKernel", unsafe {
-            sys::cuLaunchCooperativeKernel(
+        let config = sys::CUlaunchConfig {
+            gridDimX: gx,
+            gridDimY: gy,
+            gridDimZ: gz,
+            blockDimX: bx,
+            blockDimY: by,
+            blockDimZ: bz,
+            sharedMemBytes: config.dynamic_shared_bytes,
+            hStream: stream.raw(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        };
+        // SAFETY: the driver copies the parameter before it returns; the rest is the caller's promise.
+        check("cuLaunchKernelEx", unsafe {
+            sys::cuLaunchKernelEx(
+                &config,
                 self.function,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                config.dynamic_shared_bytes,
-                stream.raw(),
                 arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_end_early_are_noticed() {
+        let whole = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        assert!(is_whole_elf(&whole));
+        for length in [0, 4, 63, 64, 100, whole.len() / 2, whole.len() - 1] {
+            assert!(!is_whole_elf(&whole[..length]), "{length} bytes");
+        }
+        assert!(!is_whole_elf(b"//\n.version 9.0\0"));
     }
 }
