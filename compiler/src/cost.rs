@@ -52,7 +52,7 @@ impl Machine {
     /// An exchange in which every CTA reads `words` words, `threads` of its threads taking part.
     pub fn exchange(&self, words: usize, threads: usize) -> f64 {
         let turns = words
-            .div_ceil(threads.max(1) * WORDS_AT_ONCE)
+            .div_ceil(threads.max(1) * WORDS_IN_FLIGHT)
             .saturating_sub(1);
         self.hop + words as f64 * 16.0 / self.l2_per_sm + turns as f64 * self.poll
     }
@@ -64,7 +64,7 @@ impl Machine {
 }
 
 /// Words a thread asks L2 for at once (`device/exchange.cuh`, `kWordsInFlight`).
-const WORDS_AT_ONCE: usize = 16;
+pub const WORDS_IN_FLIGHT: usize = 16;
 
 /// Predicted time of one step, by part. Microseconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -107,7 +107,16 @@ impl Placement {
 
     /// Into how many parts the rows are split.
     pub fn row_parts(&self, mesh: &Mesh) -> usize {
-        let along = |split: Split, size: usize| if split == Split::Rows { size } else { 1 };
+        self.parts(mesh, Split::Rows)
+    }
+
+    /// Into how many parts the columns are split.
+    pub fn column_parts(&self, mesh: &Mesh) -> usize {
+        self.parts(mesh, Split::Columns)
+    }
+
+    fn parts(&self, mesh: &Mesh, of: Split) -> usize {
+        let along = |split: Split, size: usize| if split == of { size } else { 1 };
         along(self.groups, mesh.groups) * along(self.members, mesh.members)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use mirage_compiler::cost::WORDS_IN_FLIGHT;
 use mirage_compiler::program::{CONSUMER_WARPS, THREADS, VALUES_PER_WORD};
 
 /// The constants of a header that are numbers, sums or products of what stands above them.
@@ -39,6 +40,8 @@ fn the_device_library_agrees() {
     check(prelude, "kThreads", THREADS);
     let words = include_str!("../device/words.cuh");
     check(words, "kValuesPerWord", VALUES_PER_WORD);
+    let exchange = include_str!("../device/exchange.cuh");
+    check(exchange, "kWordsInFlight", WORDS_IN_FLIGHT);
 }
 
 #[test]

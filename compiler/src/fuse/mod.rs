@@ -100,6 +100,11 @@ impl FusedGraph {
         }
         assemble::assemble(graph, &layer, &head)
     }
+
+    /// Elements of a linear's input.
+    pub fn columns(&self, linear: &FusedLinear) -> usize {
+        self.weights[linear.parts[0].0 as usize].shape[1]
+    }
 }
 
 /// One fused node of the layer.

@@ -102,6 +102,7 @@ impl Plan {
     /// 5. The groups divide the KV heads, and the linear that makes q, k and v splits rows over them.
     /// 6. Every worker has rows of the linears that write the residual stream: by waiting for those, each keeps step with
     ///    all others. One without rows could lag a layer behind and miss words that are overwritten.
+    /// 7. Every worker has columns of a linear whose columns are split: others would wait for its zeros.
     pub fn verify(&self, graph: &crate::fuse::FusedGraph) -> Result<(), String> {
         use crate::fuse::{Epilogue, FusedNode, Input};
         use crate::mesh::Split;
@@ -153,6 +154,14 @@ impl Plan {
                             "{}: {} row tiles over {parts} workers leave some without any",
                             node.name,
                             graph.hidden / TILE
+                        ));
+                    }
+                    let tiles = graph.columns(linear) / TILE;
+                    let parts = placement.column_parts(&self.mesh);
+                    if tiles < parts {
+                        return Err(format!(
+                            "{}: {tiles} column tiles over {parts} workers leave some without any",
+                            node.name
                         ));
                     }
                     if linear.epilogue == Epilogue::AddResidual

@@ -128,6 +128,9 @@ impl Search<'_> {
         let decode_columns = self.target.batch.next_power_of_two();
         for mesh in self.meshes() {
             for placements in self.placements() {
+                if !self.gives_all_a_part(&mesh, &placements) {
+                    continue;
+                }
                 for heads_per_task in divisors(self.attention.heads / self.attention.kv_heads) {
                     let frame = Frame {
                         mesh,
@@ -239,6 +242,23 @@ impl Search<'_> {
         all
     }
 
+    /// Rules 6 and 7 of [`Plan::verify`]: rows of the stream's writers for every worker, and columns where they are split.
+    fn gives_all_a_part(&self, mesh: &Mesh, placements: &[Option<Placement>]) -> bool {
+        self.graph
+            .layer
+            .iter()
+            .zip(placements)
+            .all(|(node, placement)| match (&node.op, placement) {
+                (FusedOp::Linear(linear), Some(placement)) => {
+                    let writes_stream = linear.epilogue == Epilogue::AddResidual;
+                    (!writes_stream
+                        || placement.row_parts(mesh) <= self.graph.hidden.div_ceil(TILE))
+                        && placement.column_parts(mesh) <= self.graph.columns(linear).div_ceil(TILE)
+                }
+                _ => true,
+            })
+    }
+
     fn steps(&self, frame: &Frame<'_>, columns: usize, decode: bool) -> Vec<StepPlan> {
         let heads_at_once =
             columns * self.attention.heads / frame.mesh.groups / frame.heads_per_task;
@@ -284,10 +304,6 @@ impl Search<'_> {
     }
 
     fn stream_fits(&self, frame: &Frame<'_>, columns: usize, form: StreamForm) -> bool {
-        // A worker without rows of the stream's writers would not keep step with the others (`Plan::verify`).
-        if self.stream_placement(frame).row_parts(&frame.mesh) > self.graph.hidden / TILE {
-            return false;
-        }
         let units = self.stream_units(frame);
         let threads = CONSUMER_WARPS * 32;
         match form {
@@ -347,7 +363,7 @@ impl Search<'_> {
                 .iter()
                 .map(|w| self.graph.weights[w.0 as usize].shape[0])
                 .sum();
-            let columns = self.graph.weights[linear.parts[0].0 as usize].shape[1];
+            let columns = self.graph.columns(linear);
             // The largest slice decides.
             let over = |size: usize, split: Split| {
                 let groups = if placement.groups == split {

@@ -1,17 +1,18 @@
 //! From a plan to a program: tiles, phases, exchanges.
 
+mod norms;
+mod phases;
+
 use thiserror::Error;
 
+use norms::NormTable;
+use phases::{LayerShape, side_by_side, stream_exchange};
+
 use super::layout::{self, Words};
-use super::{
-    Along, Attention, CONSUMER_WARPS, Exchange, Linear, Next, Norm, Norms, Phase, Program,
-    RowOrder, Step, TILE, TILE_BYTES, Tiling,
-};
-use crate::fuse::{
-    Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedNorm, FusedOp, Input, WeightId,
-};
-use crate::mesh::{Mesh, Placement, Share, Split};
-use crate::plan::{Plan, StepPlan, StreamForm, Target};
+use super::{Attention, CONSUMER_WARPS, Linear, Program, RowOrder, Step, TILE, TILE_BYTES, Tiling};
+use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedOp, WeightId};
+use crate::mesh::{Placement, Share, Split};
+use crate::plan::{Plan, StepPlan, Target};
 
 /// Why a plan cannot become a program.
 #[derive(Clone, Debug, Error, PartialEq)]
@@ -237,7 +238,7 @@ impl Lowering<'_> {
         let mesh = &self.plan.mesh;
         let parts = self.parts(linear);
         let rows: usize = parts.iter().map(|(_, rows)| rows).sum();
-        let columns = self.graph.weights[linear.parts[0].0 as usize].shape[1];
+        let columns = self.graph.columns(linear);
         tile(name, "the input's width", columns, TILE)?;
         let (order, row_units, unit_tiles) = if makes_heads {
             tile(name, "a group's rows", rows / mesh.groups, TILE)?;
@@ -422,211 +423,5 @@ fn dataflow(node: &str, reason: &str) -> ProgramError {
     ProgramError::Dataflow {
         node: node.to_owned(),
         reason: reason.to_owned(),
-    }
-}
-
-/// Collects the gammas; offsets are known once all of a layer's are.
-struct NormTable {
-    layer: Vec<(WeightId, usize)>,
-    stride: usize,
-    last: Option<WeightId>,
-    lengths: Vec<usize>,
-}
-
-impl NormTable {
-    fn new(graph: &FusedGraph) -> NormTable {
-        let lengths = graph
-            .weights
-            .iter()
-            .map(|weight| weight.shape.iter().product())
-            .collect();
-        NormTable {
-            layer: Vec::new(),
-            stride: 0,
-            last: None,
-            lengths,
-        }
-    }
-
-    fn add(&mut self, norm: FusedNorm) -> Norm {
-        let at = self.stride;
-        self.layer.push((norm.gamma, at));
-        self.stride += self.lengths[norm.gamma.0 as usize].next_multiple_of(8);
-        Norm {
-            gamma_at: at,
-            gamma_stride: 0,
-            eps: norm.eps,
-        }
-    }
-
-    fn add_last(&mut self, norm: FusedNorm) -> Norm {
-        self.last = Some(norm.gamma);
-        Norm {
-            gamma_at: 0,
-            gamma_stride: 0,
-            eps: norm.eps,
-        }
-    }
-
-    fn finish(
-        self,
-        graph: &FusedGraph,
-        linears: &mut [Linear],
-        head: &mut Linear,
-        attention: &mut Attention,
-    ) -> Norms {
-        let of_layer = linears.iter_mut().filter_map(|linear| linear.norm.as_mut());
-        for norm in of_layer
-            .chain(attention.q_norm.as_mut())
-            .chain(attention.k_norm.as_mut())
-        {
-            norm.gamma_stride = self.stride;
-        }
-        let last_at = graph.layers * self.stride;
-        if let Some(norm) = &mut head.norm {
-            norm.gamma_at = last_at;
-        }
-        let last = self
-            .last
-            .map_or(0, |weight| self.lengths[weight.0 as usize]);
-        Norms {
-            layer: self.layer,
-            layer_stride: self.stride,
-            last: self.last,
-            len: last_at + last,
-        }
-    }
-}
-
-/// How many coordinates' words a reader takes side by side.
-fn side_by_side(exchange: &Exchange, mesh: &Mesh) -> usize {
-    let along = |a: Along, size: usize| if a == Along::Concat { size } else { 1 };
-    along(exchange.groups, mesh.groups) * along(exchange.members, mesh.members)
-}
-
-fn along(split: Split, everything: bool) -> Along {
-    match (split, everything) {
-        (Split::Columns, _) => Along::Sum,
-        (Split::Rows, true) => Along::Concat,
-        (Split::Rows, false) => Along::Own,
-    }
-}
-
-/// A linear's output as a whole.
-fn stream_exchange(source: usize, linear: &Linear) -> Exchange {
-    Exchange {
-        source,
-        groups: along(linear.placement.groups, true),
-        members: along(linear.placement.members, true),
-    }
-}
-
-struct LayerShape<'a> {
-    graph: &'a FusedGraph,
-    linears: &'a [Linear],
-    index_of: &'a [Option<usize>],
-    attention_node: usize,
-}
-
-impl LayerShape<'_> {
-    fn phases(
-        &self,
-        form: StreamForm,
-        gathered: &[(usize, usize)],
-    ) -> Result<Vec<Phase>, ProgramError> {
-        let mut phases = Vec::new();
-        let mut stream_is_ready = true;
-        for (i, node) in self.graph.layer.iter().enumerate() {
-            let linear = match &node.op {
-                FusedOp::Attention(a) => {
-                    let qkv = self.index_of[a.qkv].ok_or_else(|| {
-                        dataflow(&node.name, "q, k and v do not come from a linear")
-                    })?;
-                    let placement = self.linears[qkv].placement;
-                    if placement.groups != Split::Rows {
-                        return Err(dataflow(
-                            &node.name,
-                            "q, k and v are partial sums over groups",
-                        ));
-                    }
-                    phases.push(Phase::Attention(Exchange {
-                        source: qkv,
-                        groups: Along::Own,
-                        members: along(placement.members, true),
-                    }));
-                    continue;
-                }
-                FusedOp::Linear(linear) => linear,
-            };
-            let Some(index) = self.index_of[i] else {
-                return Err(dataflow(&node.name, "not lowered"));
-            };
-            match linear.input {
-                Input::Residual if !stream_is_ready => {
-                    return Err(dataflow(
-                        &node.name,
-                        "it reads the residual stream, but not right after a node that writes it; such a layer is not supported yet",
-                    ));
-                }
-                Input::Residual => stream_is_ready = false,
-                Input::Node(from) if from == self.attention_node => {
-                    phases.push(Phase::CollectHeads {
-                        next: index,
-                        all_groups: self.linears[index].placement.groups == Split::Rows,
-                    })
-                }
-                Input::Node(from) => {
-                    let source = self.index_of[from]
-                        .ok_or_else(|| dataflow(&node.name, "its input is no linear"))?;
-                    let (from, to) = (&self.linears[source], &self.linears[index]);
-                    let exchange = Exchange {
-                        source,
-                        groups: along(from.placement.groups, to.placement.groups == Split::Rows),
-                        members: along(from.placement.members, true),
-                    };
-                    phases.push(Phase::Collect {
-                        exchange,
-                        next: index,
-                    });
-                }
-            }
-            phases.push(Phase::Linear(index));
-            if linear.epilogue == Epilogue::AddResidual {
-                let exchange = stream_exchange(index, &self.linears[index]);
-                let next = self.reader_after(i);
-                match form {
-                    StreamForm::Replicated => phases.push(Phase::AddToStream { exchange, next }),
-                    StreamForm::Scattered => {
-                        let words_at = gathered
-                            .iter()
-                            .find(|(l, _)| *l == index)
-                            .map_or(0, |&(_, at)| at);
-                        phases.push(Phase::ReduceScatter { exchange, words_at });
-                        phases.push(Phase::GatherStream {
-                            exchange,
-                            words_at,
-                            next,
-                        });
-                    }
-                }
-                stream_is_ready = true;
-            }
-        }
-        Ok(phases)
-    }
-
-    /// The next linear that reads the residual stream.
-    fn reader_after(&self, node: usize) -> Next {
-        self.graph.layer[node + 1..]
-            .iter()
-            .zip(&self.index_of[node + 1..])
-            .find_map(|(n, index)| match &n.op {
-                FusedOp::Linear(FusedLinear {
-                    input: Input::Residual,
-                    ..
-                }) => *index,
-                _ => None,
-            })
-            .map_or(Next::NextLayer, Next::SameLayer)
     }
 }

@@ -65,6 +65,35 @@ fn every_plan_considered_is_legal() {
     }
 }
 
+/// Fewer tiles than groups or members, in every combination that a small model can have.
+#[test]
+fn small_models_get_plans_that_hold() {
+    let graph = Graph::parse(include_str!("../../../../graphs/qwen3.ron"), "qwen3.ron").unwrap();
+    for (hidden, ffn) in [(16, 16), (64, 64), (32, 112), (112, 32)] {
+        for (heads, kv_heads) in [(1, 1), (8, 8), (6, 2)] {
+            let config = format!(
+                r#"{{"model_type": "qwen3", "hidden_size": {hidden}, "intermediate_size": {ffn}, "num_hidden_layers": 2,
+                "num_attention_heads": {heads}, "num_key_value_heads": {kv_heads}, "head_dim": 64, "vocab_size": 75,
+                "rms_norm_eps": 1e-6, "rope_theta": 10000, "tie_word_embeddings": true}}"#
+            );
+            let config = ModelConfig::parse(&config, "config.json").unwrap();
+            let graph = FusedGraph::new(&TypedGraph::new(&graph, &config).unwrap()).unwrap();
+            for batch in [1, 3, 16] {
+                let target = Target {
+                    gpu: GpuModel::default_for(Arch::Sm90a),
+                    batch,
+                    max_seq: 64,
+                };
+                let (plan, program) = Plan::search(&graph, &target).unwrap();
+                let sound = plan.verify(&graph);
+                sound.unwrap_or_else(|error| panic!("{config:?}, batch {batch}: {error}"));
+                let sound = program.verify();
+                sound.unwrap_or_else(|error| panic!("{config:?}, batch {batch}: {error}"));
+            }
+        }
+    }
+}
+
 #[test]
 fn simple_alternatives_cost_more() {
     let graph = qwen3();
