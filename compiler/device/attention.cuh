@@ -6,7 +6,7 @@
 // the position alone, so a column's result does not depend on what else is in the step.
 //
 // A, an attention: kHeads and kKvHeads of a group, kAllKvHeads, kHeadDim, kHeadsPerTask (query heads that share a read
-// of K and V), kScale (of the scores, times log2 e), kQNorm/kKNorm and kQGammaAt/kKGammaAt, kGammaStride, kEps, kWidth
+// of K and V), kScale (of the scores, times log2 e), kQNorm, kQGammaAt and kQEps, the same of K, kGammaStride, kWidth
 // (a group's q, k and v rows), kSlots, kMaxSeq, kWordsAt.
 #pragma once
 #include "exchange.cuh"
@@ -92,11 +92,11 @@ struct HeadLane {
       head[index(lane, i) + A::kHeadDim / 2] = to_bf16(high[i]);
     }
   }
-  MIRAGE_DEVICE void norm(const HeadLane& gamma) {
+  MIRAGE_DEVICE void norm(const HeadLane& gamma, float eps) {
     float squares = 0.f;
 #pragma unroll
     for (int i = 0; i < kPairs; i++) squares += low[i] * low[i] + high[i] * high[i];
-    const float scale = rsqrtf(warp_sum(squares) / A::kHeadDim + A::kEps);
+    const float scale = rsqrtf(warp_sum(squares) / A::kHeadDim + eps);
 #pragma unroll
     for (int i = 0; i < kPairs; i++) {
       low[i] *= scale * gamma.low[i];
@@ -138,12 +138,12 @@ MIRAGE_DEVICE void prepare_heads(Context<R>& x, int layer, const HeadLane<A>& q_
     const size_t to =
         kv_row<A>(layer, max_of(slot, 0), x.at.group * A::kKvHeads + max_of(kv_head, 0), x.columns.position[column]);
     if (head < A::kHeads) {
-      if (A::kQNorm) values.norm(q_gamma);
+      if (A::kQNorm) values.norm(q_gamma, A::kQEps);
       values.rotate(x.rope + column * (A::kHeadDim / 2), x.at.lane);
       values.scale(A::kScale);
       values.store(row, x.at.lane);
     } else if (head < A::kHeads + A::kKvHeads) {
-      if (A::kKNorm) values.norm(k_gamma);
+      if (A::kKNorm) values.norm(k_gamma, A::kKEps);
       values.rotate(x.rope + column * (A::kHeadDim / 2), x.at.lane);
       values.store(row, x.at.lane);
       if (appends) values.store(x.params.keys + to, x.at.lane);

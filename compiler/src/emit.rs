@@ -243,9 +243,13 @@ impl Emitter<'_> {
         let n = norm.unwrap_or(&none);
         self.flag(&format!("k{prefix}Norm"), norm.is_some());
         self.constant(&format!("k{prefix}GammaAt"), n.gamma_at);
+        line!(
+            self,
+            "  static constexpr float k{prefix}Eps = {};",
+            float(n.eps)
+        );
         if prefix.is_empty() {
             self.constant("kGammaStride", n.gamma_stride);
-            line!(self, "  static constexpr float kEps = {};", float(n.eps));
         }
     }
 
@@ -268,8 +272,6 @@ impl Emitter<'_> {
         self.norm("Q", a.q_norm.as_ref());
         self.norm("K", a.k_norm.as_ref());
         self.constant("kGammaStride", p.norms.layer_stride);
-        let eps = a.q_norm.or(a.k_norm).map_or(0.0, |norm| norm.eps);
-        line!(self, "  static constexpr float kEps = {};", float(eps));
         self.constant("kWidth", a.width());
         self.constant("kSlots", p.slots);
         self.constant("kMaxSeq", p.max_seq);
