@@ -4,24 +4,28 @@
 //! what its clock must enclose; so the harness can be tested with sides that make their times up. It must not know any
 //! executor.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use mirage_runtime::generate::CancelHandle;
 
 use crate::results::{MatrixProduct, Setup, SideFacts};
 
 /// Asks for the end of the whole run (Ctrl-C). Clones share one flag.
 #[derive(Clone, Debug, Default)]
-pub struct Interrupt(Arc<AtomicBool>);
+pub struct Interrupt(CancelHandle);
 
 impl Interrupt {
     /// Asks for the end.
     pub fn set(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.cancel();
     }
 
     /// Whether somebody has asked for the end.
     pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.is_cancelled()
+    }
+
+    /// Ends a generation of ours with the run.
+    pub fn cancel_handle(&self) -> &CancelHandle {
+        &self.0
     }
 }
 

@@ -341,6 +341,42 @@ fn models_that_are_not_there() {
 }
 
 #[test]
+fn damaged_weights_leave_older_reports() {
+    let weights = fs::read(tiny().join("model.safetensors")).unwrap();
+    let check = |weights: &[u8], words: &[&str]| {
+        let bench = Bench::new();
+        for file in ["config.json", "tokenizer.json"] {
+            fs::copy(tiny().join(file), bench.path(file)).unwrap();
+        }
+        fs::write(bench.path("model.safetensors"), weights).unwrap();
+        fs::write(bench.path("benchmark_results.json"), "older").unwrap();
+        let run = Command::new(env!("CARGO_BIN_EXE_mirage-bench"))
+            .current_dir(bench.dir.path())
+            .args("--model . --device cpu --batch-sizes 1 --max-tokens 2".split(' '))
+            .output()
+            .expect("the binary starts");
+        check_refused(&run, 1, words);
+        assert_eq!(bench.read("benchmark_results.json"), "older");
+    };
+    check(
+        &weights[..weights.len() - 9],
+        &["truncated", "download it again"],
+    );
+    // The name stands in the header at the file's beginning.
+    let mut renamed = weights.clone();
+    let name = b"layers.0.self_attn.q_proj";
+    let at = weights.windows(name.len()).position(|w| w == name).unwrap();
+    renamed[at..][..name.len()].copy_from_slice(b"layers.0.self_attn.q_prok");
+    check(
+        &renamed,
+        &[
+            "nothing was measured",
+            "no tensor model.layers.0.self_attn.q_proj.weight",
+        ],
+    );
+}
+
+#[test]
 fn prompt_files() {
     let bench = Bench::new();
     check_refused(

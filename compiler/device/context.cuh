@@ -61,6 +61,7 @@ struct Columns {
   uint32_t token[kMax];
   uint32_t first[kMax];
   float* logits[kMax];  // where the column's logits go, or null
+  uint32_t note;        // of CTA 0, at the last barrier over the grid
 };
 
 struct Place {

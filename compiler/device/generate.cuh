@@ -43,6 +43,15 @@ MIRAGE_DEVICE void load_rope(Context<R>& x) {
     x.rope[i] = x.params.rope[static_cast<size_t>(x.columns.position[i / kPairs]) * kPairs + i % kPairs];
 }
 
+// Whether the host has cancelled: known to the first threads of CTA 0, and told to all others by the step's words.
+template <class R>
+MIRAGE_DEVICE uint32_t cancelled_by_host(const Context<R>& x) {
+  uint32_t cancelled = 0;
+  if (x.at.cta == 0 && x.at.thread < Columns::kMax)
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(cancelled) : "l"(x.params.cancel));
+  return cancelled;
+}
+
 template <class R>
 MIRAGE_DEVICE void begin_prefill_step(Context<R>& x, int columns, uint32_t step) {
   if (x.at.thread < columns) {
@@ -147,19 +156,21 @@ MIRAGE_DEVICE void generate(const Params& params) {
   uint32_t epoch = params.epoch;
 #pragma unroll 1
   for (uint32_t step = 0; step < params.prefill_steps; step++, epoch += Model::kStepEpochs) {
+    const uint32_t cancelled = cancelled_by_host(x);
     begin_prefill_step(x, Model::kPrefillColumns, step);
     load_rope<Model, Model::kPrefillColumns>(x);
     sync_consumers();
     if (at.cta < Mesh::kWorkers) Model::prefill_layers(x, epoch);
     // The next step reads the cache rows that other CTAs wrote in this one.
-    grid_barrier<Mesh>(x, params.exchange + Model::kBarrierAt, epoch + Model::kLayers + 1);
+    if (grid_barrier<Mesh>(x, params.exchange + Model::kBarrierAt, epoch + Model::kLayers + 1, cancelled)) {
+      if (at.thread == 0) storage.stop = 1;
+      return;
+    }
   }
   begin_decode<Model>(x);
 #pragma unroll 1
   for (uint32_t parity = 0;; parity ^= 1, epoch += Model::kStepEpochs) {
-    uint32_t cancelled = 0;
-    if (at.cta == 0 && at.thread < C)
-      asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(cancelled) : "l"(params.cancel));
+    const uint32_t cancelled = cancelled_by_host(x);
     load_rope<Model, C>(x);
     sync_consumers();
     Model::decode_layers(x, epoch);

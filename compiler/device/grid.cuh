@@ -5,22 +5,30 @@
 
 namespace mirage {
 
-// One word a CTA at `words`. All consumer threads of all CTAs call it with the same, new epoch.
+// One word a CTA at `words`. All consumer threads of all CTAs call it with the same, new epoch, and all get CTA 0's
+// note.
 template <class Mesh, class R>
-MIRAGE_DEVICE void grid_barrier(Context<R>& x, uint4* words, uint32_t epoch) {
+MIRAGE_DEVICE uint32_t grid_barrier(Context<R>& x, uint4* words, uint32_t epoch, uint32_t note = 0) {
   fence_gpu();
   sync_consumers();
   if (x.at.thread == 0) {
     fence_gpu();
-    store_word(words + x.at.cta, 0, 0, 0, epoch);
+    store_word(words + x.at.cta, note, 0, 0, epoch);
   }
-  // Whoever came through early may have arrived at the next barrier by now: a later epoch is as good.
+  // Whoever came through early may have arrived at the next barrier by now: a later epoch is as good. CTA 0's note is
+  // then lost, which is no loss: with a note it does not come back.
   for (int cta = x.at.thread; cta < Mesh::kCtas; cta += kConsumers) {
     Spin spin;
-    while (static_cast<int32_t>(load_word(words + cta).w - epoch) < 0) spin.turn();
+    uint4 word = load_word(words + cta);
+    while (static_cast<int32_t>(word.w - epoch) < 0) {
+      spin.turn();
+      word = load_word(words + cta);
+    }
+    if (cta == 0) x.columns.note = word.w == epoch ? word.x : 0;
   }
   fence_gpu();
   sync_consumers();
+  return x.columns.note;
 }
 
 }  // namespace mirage

@@ -80,13 +80,11 @@ struct RingWriter {
 
   // Asks for the next page. False when the consumers have stopped instead of making room.
   MIRAGE_DEVICE bool push(const uint8_t* source, uint32_t bytes) {
-    if (!first_round) {
-      Spin spin;
-      while (!test_barrier(&storage.empty[at.page], at.parity ^ 1)) {
-        if (storage.stop) return false;
-        spin.turn();
-      }
-    }
+    // No limit to the turns: a CTA without a part of the layers waits here for the whole prefill. What waits elsewhere
+    // has one. All lanes decide alike.
+    if (!first_round)
+      while (!__all_sync(~0u, test_barrier(&storage.empty[at.page], at.parity ^ 1)))
+        if (__any_sync(~0u, storage.stop)) return false;
     // Too many requests in flight make every exchange wait behind the stream.
     if (in_flight == (R::kInFlight > 0 ? R::kInFlight : R::kPages)) await_oldest();
     fetch_page(pages + at.page * R::kPageBytes, source, bytes, &storage.full[at.page], lane);

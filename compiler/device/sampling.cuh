@@ -63,7 +63,8 @@ MIRAGE_DEVICE void select_level(Context<R>& x, SamplingScratch<C>& s, uint64_t* 
       if (key < s.floor[c] || (level > 0 && key >> (shift + 8) != s.prefix[c])) continue;
       const int bin = key >> shift & (kRadixBins - 1);
       if (kMass) {
-        const uint64_t mass = sample_weight(__fsub_rn(__fmul_rn(logit, inverse), highest));
+        const float scaled = __fmul_rn(logit, inverse);
+        const uint64_t mass = sample_weight(scaled == highest ? 0.f : __fsub_rn(scaled, highest));
         atomicAdd(&s.low[c][bin], static_cast<uint32_t>(mass & 0xffff));
         atomicAdd(&s.high[c][bin], static_cast<uint32_t>(mass >> 16));
       } else {
@@ -124,7 +125,7 @@ MIRAGE_DEVICE void select_level(Context<R>& x, SamplingScratch<C>& s, uint64_t* 
 }
 
 // Replaces the winners of the columns that sample. `words`: a word {score, token} of each CTA and column.
-// Epochs of the barriers: `epoch` + 1 up to + 2 * kRadixLevels; H::kStepEpochs leaves room for them.
+// Epochs of the barriers: `epoch` + 1 up to + 2 * kRadixLevels; Model::kStepEpochs leaves room for them.
 template <class H, int C, class Mesh, class R>
 MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uint4* barrier, uint32_t parity,
                           uint32_t epoch) {

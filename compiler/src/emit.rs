@@ -71,26 +71,9 @@ pub fn cuda_source(program: &Program, arch: Arch) -> CudaSource {
     }
 }
 
-/// A name of the graph as an identifier of the generated code: `gate_up` becomes `GateUp`.
-fn identifier(name: &str) -> String {
-    let mut out = String::new();
-    let mut upper = true;
-    for c in name.chars() {
-        if c.is_ascii_alphanumeric() {
-            if out.is_empty() && c.is_ascii_digit() {
-                out.push('N');
-            }
-            out.push(if upper { c.to_ascii_uppercase() } else { c });
-            upper = false;
-        } else {
-            upper = true;
-        }
-    }
-    if out.is_empty() {
-        "Node".to_owned()
-    } else {
-        out
-    }
+/// The type of a node of the graph. Names of the graph stay as they are, behind a prefix that nothing else has.
+fn node_type(name: &str) -> String {
+    format!("Node_{name}")
 }
 
 fn float(value: f32) -> String {
@@ -116,7 +99,7 @@ impl Emitter<'_> {
         line!(
             self,
             "// {} for {} sequences of up to {} positions, compiled by mirage. Do not edit.",
-            identifier(&p.name),
+            p.name,
             p.slots,
             p.max_seq
         );
@@ -206,7 +189,13 @@ impl Emitter<'_> {
             format!(": {}", comment(&linear.sources))
         };
         line!(self, "// {} x {}{made_of}", linear.rows(), linear.columns);
-        line!(self, "struct {} {{", identifier(&linear.name));
+        let is_head = std::ptr::eq(linear, &self.program.head);
+        let name = if is_head {
+            "Head".to_owned()
+        } else {
+            node_type(&linear.name)
+        };
+        line!(self, "struct {name} {{");
         self.constant("kRowUnits", linear.row_units);
         self.constant("kUnitTiles", linear.unit_tiles);
         self.constant("kKTiles", linear.k_tiles);
@@ -227,7 +216,7 @@ impl Emitter<'_> {
         self.constant("kPassWords", linear.pass_words());
         self.constant("kWords", linear.words());
         self.constant("kWordsAt", linear.words_at);
-        if std::ptr::eq(linear, &self.program.head) {
+        if is_head {
             self.constant("kVocab", self.program.vocab);
         }
         line!(self, "}};");
@@ -257,7 +246,7 @@ impl Emitter<'_> {
         let p = self.program;
         let a = &p.attention;
         line!(self, "// {}", comment(&a.sources));
-        line!(self, "struct {} {{", identifier(&a.name));
+        line!(self, "struct {} {{", node_type(&a.name));
         self.constant("kHeads", a.heads);
         self.constant("kKvHeads", a.kv_heads);
         self.constant("kAllKvHeads", a.kv_heads * p.mesh.groups);
@@ -326,12 +315,12 @@ impl Emitter<'_> {
     }
 
     fn linear_name(&self, index: usize) -> String {
-        identifier(&self.program.linears[index].name)
+        node_type(&self.program.linears[index].name)
     }
 
     /// Type of an exchange. One linear is read in one way only.
     fn view(&self, exchange: &Exchange) -> String {
-        format!("From{}", self.linear_name(exchange.source))
+        format!("From_{}", self.program.linears[exchange.source].name)
     }
 
     fn model(&mut self) {
@@ -359,7 +348,7 @@ impl Emitter<'_> {
             "  MIRAGE_DEVICE static bool stream_layer(RingWriter<R>& ring, const uint8_t*& source, int group, int member) {{"
         );
         for (i, linear) in p.linears.iter().enumerate() {
-            let name = identifier(&linear.name);
+            let name = node_type(&linear.name);
             let (lead, end) = (
                 if i == 0 { "return " } else { "       " },
                 if i + 1 == p.linears.len() { ";" } else { " &&" },
@@ -448,7 +437,7 @@ impl Emitter<'_> {
 
     fn phase(&mut self, step: &Step, phase: &Phase) {
         let p = self.program;
-        let attention = identifier(&p.attention.name);
+        let attention = node_type(&p.attention.name);
         let splits = step.kv_splits;
         let next_of = |e: &Emitter<'_>, next: &Next| match next {
             Next::SameLayer(i) => {

@@ -1,12 +1,14 @@
-//! What the oracle needs of mirage on a GPU: teacher-forced logits in `oracle/`'s raw format, and step times.
+//! What the oracle needs of mirage: teacher-forced logits in `oracle/`'s raw format, and step times.
 //!
 //! ```text
 //! cargo run --release -p mirage-runtime --example oracle -- score GRAPH MODEL BATCH MAX_SEQ PROMPTS.json OUT.f32
+//! cargo run --release -p mirage-runtime --example oracle -- score-cpu GRAPH MODEL BATCH MAX_SEQ PROMPTS.json OUT.f32
 //! cargo run --release -p mirage-runtime --example oracle -- steps GRAPH MODEL BATCH MAX_SEQ POSITION
 //! cargo run --release -p mirage-runtime --example oracle -- tokens GRAPH MODEL BATCH MAX_SEQ NEW_TOKENS
 //! ```
 //!
-//! `score` runs the prompts `BATCH` at a time; `oracle/check.py` judges the file. `steps` prints the median time of a
+//! `score` runs the prompts `BATCH` at a time; `oracle/check.py` judges the file. `score-cpu` does the same with the CPU
+//! executor; all others need a GPU. `steps` prints the median time of a
 //! decode step at a position over five runs, greedy and sampled. `tokens` makes one generation of a full batch of prompts
 //! of mixed lengths and checks that it repeats, alone and together: one launch each, for a profiler or a sanitizer.
 
@@ -16,54 +18,75 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::Instant;
 
-use mirage_compiler::driver;
+use mirage_compiler::arch::GpuModel;
+use mirage_compiler::driver::{self, Compilation};
 use mirage_compiler::plan::Target;
 use mirage_compiler::typed::ModelConfig;
 use mirage_runtime::checkpoint::Checkpoint;
+use mirage_runtime::cpu::CpuModel;
 use mirage_runtime::generate::{Executor, GenerateRequest};
 use mirage_runtime::gpu::Gpu;
 use mirage_runtime::megakernel::Megakernel;
 use mirage_runtime::sampler::SamplingParams;
 
-const USAGE: &str =
-    "score|steps|tokens GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION | NEW_TOKENS)";
+const USAGE: &str = "score|score-cpu|steps|tokens GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION | NEW_TOKENS)";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let (&[command, graph, model, batch, max_seq], rest) = args.split_first_chunk().ok_or(USAGE)?;
     let batch: usize = batch.parse()?;
-    let mut kernel = load(graph, model, batch, max_seq.parse()?)?;
+    let max_seq: usize = max_seq.parse()?;
+    let model = Path::new(model);
+    let on_gpu = || -> Result<Megakernel, Box<dyn Error>> {
+        let gpu = Gpu::open(0)?;
+        let compiled = compile(graph, model, gpu.properties().model()?, batch, max_seq)?;
+        load(&gpu, compiled, model)
+    };
     match (command, rest) {
-        ("score", &[prompts, out]) => score(&mut kernel, batch, prompts, out),
-        ("steps", &[position]) => steps(&mut kernel, batch, position.parse()?),
-        ("tokens", &[new_tokens]) => tokens(&mut kernel, batch, new_tokens.parse()?),
+        ("score", &[prompts, out]) => score(&mut on_gpu()?, batch, prompts, out),
+        ("score-cpu", &[prompts, out]) => {
+            let compiled = compile(graph, model, GpuModel::cpu(), batch, max_seq)?;
+            let mut cpu = CpuModel::load(compiled.program, &Checkpoint::open(model)?)?;
+            score(&mut cpu, batch, prompts, out)
+        }
+        ("steps", &[position]) => steps(&mut on_gpu()?, batch, position.parse()?),
+        ("tokens", &[new_tokens]) => tokens(&mut on_gpu()?, batch, new_tokens.parse()?),
         _ => Err(USAGE.into()),
     }
 }
 
-fn load(
+fn compile(
     graph: &str,
-    model: &str,
+    model: &Path,
+    gpu: GpuModel,
     batch: usize,
     max_seq: usize,
-) -> Result<Megakernel, Box<dyn Error>> {
-    let gpu = Gpu::open(0)?;
+) -> Result<Compilation, Box<dyn Error>> {
     let target = Target {
-        gpu: gpu.properties().model()?,
+        gpu,
         batch,
         max_seq,
     };
-    let config = format!("{model}/config.json");
-    let config = ModelConfig::parse(&fs::read_to_string(&config)?, &config)?;
-    let compiled = driver::compile(&fs::read_to_string(graph)?, graph, &config, &target)?;
+    let config = model.join("config.json");
+    let config = ModelConfig::parse(&fs::read_to_string(&config)?, &config.to_string_lossy())?;
+    Ok(driver::compile(
+        &fs::read_to_string(graph)?,
+        graph,
+        &config,
+        &target,
+    )?)
+}
+
+fn load(gpu: &Gpu, compiled: Compilation, model: &Path) -> Result<Megakernel, Box<dyn Error>> {
+    let batch = compiled.target.batch;
     let begin = Instant::now();
     let artifact = compiled.build()?.artifact;
     let built = begin.elapsed();
-    let checkpoint = Checkpoint::open(Path::new(model))?;
+    let checkpoint = Checkpoint::open(model)?;
     let begin = Instant::now();
     let kernel = Megakernel::load(
-        &gpu,
+        gpu,
         compiled.program,
         &artifact.cubin,
         &checkpoint,
@@ -78,7 +101,7 @@ fn load(
 }
 
 fn score(
-    kernel: &mut Megakernel,
+    executor: &mut dyn Executor,
     batch: usize,
     prompts: &str,
     out: &str,
@@ -86,7 +109,7 @@ fn score(
     let prompts: Vec<Vec<u32>> = serde_json::from_str(&fs::read_to_string(prompts)?)?;
     let mut out = BufWriter::new(File::create(out)?);
     for sequences in prompts.chunks(batch) {
-        for logits in kernel.score(sequences)? {
+        for logits in executor.score(sequences)? {
             out.write_all(bytemuck::cast_slice(&logits.values))?;
         }
     }
@@ -121,7 +144,13 @@ fn steps(kernel: &mut Megakernel, batch: usize, position: usize) -> Result<(), B
                     ..GenerateRequest::greedy(prompt(kernel, stream as usize, position), new_tokens)
                 })
                 .collect();
-            kernel.generate_all(&requests)?;
+            let made = kernel.generate_all(&requests)?;
+            if made.iter().any(|text| text.tokens.len() != new_tokens) {
+                return Err(format!(
+                    "{new_tokens} tokens after position {position} pass the context"
+                )
+                .into());
+            }
             Ok(kernel.kernel_ms().unwrap_or(0.0))
         };
         let mut times = Vec::new();

@@ -61,7 +61,8 @@ impl Outcome {
 /// Runs the benchmark.
 ///
 /// # Errors
-/// What is missing or wrong, with the mend. Where a side fails under way, what was measured is written all the same.
+/// What is missing or wrong, with the mend. Where a side fails under way, what was measured is written all the same;
+/// where nothing was, older reports stay.
 pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
     outputs::check(&[&args.output_report, &args.output_json, &args.output_html])?;
     let old = args.compare.as_deref().map(read_results).transpose()?;
@@ -137,6 +138,11 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
         sample,
         failure,
     } = measured;
+    if points.is_empty()
+        && let Some(failure) = failure
+    {
+        return Err(anyhow::Error::new(failure).context("nothing was measured"));
+    }
     results.points = points;
     results.complete = complete;
     results.sample = sample.and_then(|(id, tokens)| {

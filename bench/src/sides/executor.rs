@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use anyhow::anyhow;
-use mirage_runtime::generate::{CancelHandle, Event, Executor, GenerateError, GenerateRequest};
+use mirage_runtime::generate::{Event, Executor, GenerateError, GenerateRequest};
 use mirage_runtime::gpu::GpuError;
 use mirage_runtime::megakernel::MegakernelError;
 
@@ -18,22 +18,22 @@ pub(super) fn generate(
     interrupt: &Interrupt,
 ) -> Result<Generation, SideError> {
     let requests = requests(work);
-    let cancel = CancelHandle::new();
     let mut stamps: Vec<Vec<f64>> = vec![Vec::new(); requests.len()];
     let mut tokens: Vec<Vec<u32>> = vec![Vec::new(); requests.len()];
     let begin = Instant::now();
-    let result = executor.generate(&requests, &cancel, &mut |event| match event {
-        Event::Token {
-            sequence, token, ..
-        } => {
-            stamps[sequence].push(begin.elapsed().as_secs_f64());
-            tokens[sequence].push(token);
-            if interrupt.is_set() {
-                cancel.cancel();
+    let result = executor.generate(
+        &requests,
+        interrupt.cancel_handle(),
+        &mut |event| match event {
+            Event::Token {
+                sequence, token, ..
+            } => {
+                stamps[sequence].push(begin.elapsed().as_secs_f64());
+                tokens[sequence].push(token);
             }
-        }
-        Event::Finished { .. } => {}
-    });
+            Event::Finished { .. } => {}
+        },
+    );
     let wall = begin.elapsed().as_secs_f64();
     result.map_err(side_error)?;
     if interrupt.is_set() {

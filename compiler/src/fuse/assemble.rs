@@ -20,7 +20,7 @@ pub(super) fn assemble(
     let mut errors = Vec::new();
     let embedding = embedding(graph, &mut errors);
     let nodes = layer_nodes(layer, &mut errors);
-    let head = head_linear(graph, head, &mut errors);
+    let head = head_linear(head, &mut errors);
     Diagnostics::check(&graph.source, errors, ())?;
     // Each of the three reported an error where it gives nothing.
     let (Some((embedding, vocab, hidden)), Some(head)) = (embedding, head) else {
@@ -205,11 +205,7 @@ fn input(draft: &Draft, item: &Item, version: usize) -> Result<Input, Diagnostic
     }
 }
 
-fn head_linear(
-    graph: &TypedGraph,
-    draft: &Draft,
-    errors: &mut Vec<Diagnostic>,
-) -> Option<FusedLinear> {
+fn head_linear(draft: &Draft, errors: &mut Vec<Diagnostic>) -> Option<FusedLinear> {
     let before = errors.len();
     explain_leftovers(draft, errors, |op| matches!(op, TypedOp::Sample(_)));
     if errors.len() > before {
@@ -248,22 +244,6 @@ fn head_linear(
             linear.span,
             "`after` is not an LmHead of the state and its Sample",
         ));
-        return None;
-    }
-    let head = &graph.weights[parts[0].0 as usize];
-    let table = graph.before.iter().find_map(|node| match node.op {
-        TypedOp::Embedding(_) => node.weight.map(|index| &graph.weights[index]),
-        _ => None,
-    });
-    if let Some(table) = table.filter(|table| table.shape[0] != head.shape[0]) {
-        let (rows, tokens) = (head.shape[0], table.shape[0]);
-        let message = format!("the head has {rows} tokens but the embedding has {tokens}");
-        errors.push(
-            Diagnostic::new("shape-mismatch", head.span, message)
-                .label(format!("this has {rows} rows"))
-                .related(table.span, format!("this has {tokens} rows"))
-                .help("give both the same number of rows"),
-        );
         return None;
     }
     Some(FusedLinear {

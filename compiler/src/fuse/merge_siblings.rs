@@ -3,6 +3,7 @@
 
 use super::draft::{Draft, Item, Kind, Value};
 use super::{Epilogue, Rewrite};
+use crate::graph::is_identifier;
 
 pub(super) const REWRITE: Rewrite = Rewrite {
     name: "merge-siblings",
@@ -66,15 +67,18 @@ fn apply(draft: &mut Draft) {
                 );
             }
         }
+        draft.remove(&siblings.iter().map(|item| item.key).collect::<Vec<_>>());
         let names: Vec<&str> = [&first]
             .into_iter()
             .chain(&siblings)
             .map(|item| item.name.as_str())
             .collect();
-        if let Some(merged) = draft.item_mut(key) {
-            merged.name = join_names(&names);
+        let name = join_names(&names);
+        // A name that is too long, or another's, is no name: then the first one's stands for all.
+        let free = is_identifier(&name) && draft.items.iter().all(|item| item.name != name);
+        if let Some(merged) = draft.item_mut(key).filter(|_| free) {
+            merged.name = name;
         }
-        draft.remove(&siblings.iter().map(|item| item.key).collect::<Vec<_>>());
     }
 }
 
@@ -107,6 +111,20 @@ mod tests {
              c = linear[1 parts, Store](s)\n\
              t = Add(ab.1, c)\n\
              y = Add(t, stream 0)\n",
+        );
+    }
+
+    #[test]
+    fn merged_names_stay_names() {
+        check(
+            "merge-siblings",
+            r#""a": Linear(input: "x", weight: "{layer}.a", out: ["hidden"]),
+               "b": Linear(input: "x", weight: "{layer}.b", out: ["hidden"]),
+               "ab": Add(a: "a", b: "b"),
+               "y": Add(a: "ab", b: "x"),"#,
+            "a = linear[2 parts, Store](stream 0)\n\
+             ab = Add(a.0, a.1)\n\
+             y = Add(ab, stream 0)\n",
         );
     }
 

@@ -63,7 +63,19 @@ impl Attention {
             .help("heads must be as long in q as in the cache, and the key/value heads must divide the query heads"));
         }
         let scale = match &self.scale {
-            Some(scale) => scope.symbols.real(scale)? as f32,
+            Some(written) => {
+                let scale = scope.symbols.real(written)? as f32;
+                // Kernels take powers of two: the factor grows by log2 e.
+                if !(scale * std::f32::consts::LOG2_E).is_finite() {
+                    return Err(Diagnostic::new(
+                        "invalid-value",
+                        written.span,
+                        format!("scale is {scale}"),
+                    )
+                    .help("scale is usually 1 / sqrt(head_dim); leave it out for that"));
+                }
+                scale
+            }
             None => (1.0 / (head_dim as f64).sqrt()) as f32,
         };
         let op = TypedAttention {

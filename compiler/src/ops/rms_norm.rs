@@ -34,10 +34,10 @@ impl RmsNorm {
     pub(super) fn infer(&self, scope: &Scope<'_>, input: &Type) -> Result<Inferred, Diagnostic> {
         let dims = tensor("RmsNorm", self.input.span, input)?.to_vec();
         let eps = scope.symbols.real(&self.eps)? as f32;
-        if eps.is_nan() || eps < 0.0 {
+        if !eps.is_finite() || eps < 0.0 {
             return Err(
                 Diagnostic::new("invalid-value", self.eps.span, format!("eps is {eps}"))
-                    .help("eps must not be negative"),
+                    .help("eps is a small number, not negative"),
             );
         }
         let op = TypedRmsNorm { dims, eps };

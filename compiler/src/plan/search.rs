@@ -380,7 +380,7 @@ impl Search<'_> {
             };
             let (row_tiles, k_tiles) = (over(rows, Split::Rows), over(columns, Split::Columns));
             tiles += row_tiles * k_tiles;
-            chain += machine.linear + machine.pass * (row_tiles.div_ceil(4) - 1) as f64;
+            chain += machine.linear + machine.pass * row_tiles.div_ceil(4).saturating_sub(1) as f64;
             let outputs = if linear.epilogue == Epilogue::SwiGlu {
                 rows / 2
             } else {

@@ -92,7 +92,7 @@ pub(super) fn regions(
     let stream = replicated.map(stream).max();
     let mut regions = vec![
         ("RingStorage", 16 * MAX_PAGES + 16),
-        ("Columns", super::super::plan::Target::MAX_COLUMNS * 24),
+        ("Columns", super::super::plan::Target::MAX_COLUMNS * 24 + 16),
         ("SumSquares", columns * CONSUMER_WARPS * 4),
         ("Rope", columns * attention.head_dim / 2 * 8),
         ("Scratch", scratch),

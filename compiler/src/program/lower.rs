@@ -10,7 +10,7 @@ use phases::{LayerShape, side_by_side, stream_exchange};
 
 use super::layout::{self, Words};
 use super::{Attention, CONSUMER_WARPS, Linear, Program, RowOrder, Step, TILE, TILE_BYTES, Tiling};
-use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedOp, WeightId};
+use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedOp, Input, WeightId};
 use crate::mesh::{Placement, Share, Split};
 use crate::plan::{Plan, StepPlan, Target};
 
@@ -143,6 +143,16 @@ impl Lowering<'_> {
             .ok_or_else(|| dataflow(&node.name, "q, k and v do not come from a linear"))?;
         let mut attention = self.attention(&node.name, &node.sources, fused, qkv, &mut norms)?;
         let mut head = self.head(&graph.head, &mut norms)?;
+        // What prepares the stream for one prepares it for the other.
+        if linears
+            .first()
+            .is_some_and(|first| first.norm.is_some() != head.norm.is_some())
+        {
+            return Err(dataflow(
+                "head",
+                "the LM head and the layer's first linear must both norm the residual stream, or neither",
+            ));
+        }
         let norms = norms.finish(graph, &mut linears, &mut head, &mut attention);
 
         let mut words = Words::new();
@@ -236,7 +246,16 @@ impl Lowering<'_> {
         norms: &mut NormTable,
     ) -> Result<Linear, ProgramError> {
         let mesh = &self.plan.mesh;
+        if linear.norm.is_some() && linear.input != Input::Residual {
+            return Err(dataflow(
+                name,
+                "it norms another value than the residual stream; such a layer is not supported yet",
+            ));
+        }
         let parts = self.parts(linear);
+        if (1..parts.len()).any(|i| parts[..i].iter().any(|(weight, _)| *weight == parts[i].0)) {
+            return Err(dataflow(name, "two of its parts have the same weight"));
+        }
         let rows: usize = parts.iter().map(|(_, rows)| rows).sum();
         let columns = self.graph.columns(linear);
         tile(name, "the input's width", columns, TILE)?;

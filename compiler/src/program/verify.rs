@@ -119,7 +119,7 @@ impl Program {
         order::check(self)
     }
 
-    /// Checks that the program is one for this GPU: as many CTAs as SMs, and no more shared memory than a block gets.
+    /// Checks that the program is one for this GPU: no more CTAs than SMs, and no more shared memory than a block gets.
     ///
     /// # Errors
     /// The size that is exceeded.

@@ -142,6 +142,7 @@ impl TypedGraph {
             .help("the layer must end with the shape it starts from"));
         }
         let after = infer_section(&graph.after, given, &symbols, &mut weights)?;
+        check_vocabulary(&before, &after, &weights.list)?;
         Ok(Self {
             source: Arc::clone(&graph.source),
             name: graph.name.value.clone(),
@@ -224,6 +225,32 @@ fn position(nodes: &[TypedNode], name: &Spanned<String>) -> Result<usize, Diagno
                 format!("there is no value `{}`", name.value),
             )
         })
+}
+
+/// A token that the head can choose must have an embedding.
+fn check_vocabulary(
+    before: &[TypedNode],
+    after: &[TypedNode],
+    weights: &[TypedWeight],
+) -> Result<(), Diagnostic> {
+    let weight_of = |nodes: &[TypedNode], is_it: fn(&TypedOp) -> bool| {
+        let node = nodes.iter().find(|node| is_it(&node.op))?;
+        node.weight.map(|index| &weights[index])
+    };
+    let table = weight_of(before, |op| matches!(op, TypedOp::Embedding(_)));
+    let head = weight_of(after, |op| matches!(op, TypedOp::LmHead(_)));
+    let (Some(table), Some(head)) = (table, head) else {
+        return Ok(());
+    };
+    let (rows, tokens) = (head.shape[0], table.shape[0]);
+    if rows == tokens {
+        return Ok(());
+    }
+    let message = format!("the head has {rows} tokens but the embedding has {tokens}");
+    Err(Diagnostic::new("shape-mismatch", head.span, message)
+        .label(format!("this has {rows} rows"))
+        .related(table.span, format!("this has {tokens} rows"))
+        .help("give both the same number of rows"))
 }
 
 fn infer_section(

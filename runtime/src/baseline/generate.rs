@@ -175,7 +175,7 @@ impl Baseline {
 
     /// Token `index` made for a sequence; it must be there.
     fn token(&self, slot: usize, index: usize) -> u32 {
-        self.buffers.history.atomics()[slot * self.max_seq + index].load(Ordering::Acquire)
+        self.buffers.history.words()[slot * self.max_seq + index].load(Ordering::Acquire)
     }
 }
 

@@ -80,7 +80,7 @@ struct Buffers {
     /// Tokens made so far.
     made: DeviceBuffer<u32>,
     /// The tokens made, `max_seq` places for each sequence, in the host's memory.
-    history: MappedBuffer<u32>,
+    history: MappedBuffer,
 }
 
 impl Baseline {

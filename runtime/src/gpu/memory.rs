@@ -4,8 +4,7 @@
 
 use std::marker::PhantomData;
 use std::mem::size_of;
-use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::AtomicU32;
 
 use bytemuck::Pod;
 use cudarc::driver::sys::{self, CUresult};
@@ -91,66 +90,6 @@ impl<T: Pod> DeviceBuffer<T> {
             )
         })?;
         stream.synchronize()
-    }
-
-    /// Copies the elements `range` of `source` to those from `start` on, in the order of `stream`; does not wait.
-    ///
-    /// # Errors
-    /// [`GpuError::Range`], or a failing driver call.
-    ///
-    /// # Safety
-    /// `source` must live, and nobody may write to the range, until `stream` has passed the copy.
-    pub unsafe fn copy_from_mapped(
-        &mut self,
-        stream: &Stream,
-        start: usize,
-        source: &MappedBuffer<T>,
-        range: Range<usize>,
-    ) -> Result<(), GpuError> {
-        source.check_range(&range)?;
-        self.check_range(start, range.len())?;
-        if range.is_empty() {
-            return Ok(());
-        }
-        stream.bind_with(&self.gpu)?;
-        // SAFETY: both ranges were checked; the caller keeps the source alive and unchanged.
-        check("cuMemcpyHtoDAsync", unsafe {
-            let from = source.host.add(range.start);
-            sys::cuMemcpyHtoDAsync_v2(
-                self.at(start),
-                from.cast(),
-                byte_count::<T>(range.len()),
-                stream.raw(),
-            )
-        })
-    }
-
-    /// Copies the elements `range` of `source` to those from `start` on, in the order of `stream`; does not wait.
-    ///
-    /// # Errors
-    /// [`GpuError::Range`], or a failing driver call.
-    pub fn copy_from_device(
-        &mut self,
-        stream: &Stream,
-        start: usize,
-        source: &Self,
-        range: Range<usize>,
-    ) -> Result<(), GpuError> {
-        source.check_range(range.start, range.len())?;
-        self.check_range(start, range.len())?;
-        if range.is_empty() {
-            return Ok(());
-        }
-        stream.bind_with(&self.gpu)?;
-        // SAFETY: both ranges were checked; device memory stays until `cuMemFree`, which waits for the copy.
-        check("cuMemcpyDtoDAsync", unsafe {
-            sys::cuMemcpyDtoDAsync_v2(
-                self.at(start),
-                source.at(range.start),
-                byte_count::<T>(range.len()),
-                stream.raw(),
-            )
-        })
     }
 
     /// Copies the elements from `start` on to `data`, in the order of `stream`, and waits.
@@ -239,33 +178,32 @@ impl<T: Pod> Drop for DeviceBuffer<T> {
     }
 }
 
-/// Page-locked host memory mapped into the device's address space: both sides read and write it in place.
+/// Page-locked host memory mapped into the device's address space: words that both sides read and write in place.
 ///
-/// The elements are shared with a device that Rust does not see, so they are reached through volatile or atomic
-/// accesses only. To hand over data, write it first and then its flag with release order (`st.release.sys` on the
-/// device); read the flag with acquire order first and then the data.
-pub struct MappedBuffer<T: Pod> {
+/// The device's accesses are ones that Rust does not see, so the words are atomics. To hand over data, write it first
+/// and then its flag with release order (`st.release.sys` on the device); read the flag with acquire order first and
+/// then the data.
+pub struct MappedBuffer {
     gpu: Gpu,
-    host: *mut T,
+    host: *mut AtomicU32,
     device: sys::CUdeviceptr,
     length: usize,
 }
 
 // SAFETY: plain memory without thread affinity.
-unsafe impl<T: Pod + Send> Send for MappedBuffer<T> {}
-// SAFETY: through a shared reference the elements are reached by atomics, or by volatile accesses of whole elements of
-// plain data, for which every bit pattern is a value.
-unsafe impl<T: Pod + Sync> Sync for MappedBuffer<T> {}
+unsafe impl Send for MappedBuffer {}
+// SAFETY: the words are atomics.
+unsafe impl Sync for MappedBuffer {}
 
-impl<T: Pod> MappedBuffer<T> {
-    /// Allocates `length` elements of zero bytes.
+impl MappedBuffer {
+    /// Allocates `length` words of zero.
     ///
     /// # Errors
     /// [`GpuError::OutOfMemory`], or a failing driver call.
     pub fn zeroed(gpu: &Gpu, length: usize) -> Result<Self, GpuError> {
         gpu.bind()?;
-        // An empty allocation is an error to the driver; one element costs nothing.
-        let asked = byte_count::<T>(length.max(1));
+        // An empty allocation is an error to the driver; one word costs nothing.
+        let asked = byte_count::<AtomicU32>(length.max(1));
         let mut host = std::ptr::null_mut();
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
         // SAFETY: a context is current and `host` is a valid place.
@@ -286,72 +224,19 @@ impl<T: Pod> MappedBuffer<T> {
         Ok(buffer)
     }
 
-    /// Reads one element, volatile. A value wider than a machine word may mix two writes of the device.
-    ///
-    /// # Panics
-    /// If `index` is out of range.
-    pub fn read(&self, index: usize) -> T {
-        assert!(index < self.length, "element {index} of {}", self.length);
-        // SAFETY: in range, aligned, and any bit pattern is a value of `T`.
-        unsafe { self.host.add(index).read_volatile() }
+    /// The words.
+    pub fn words(&self) -> &[AtomicU32] {
+        // SAFETY: `length` words were allocated and zeroed, and live as long as the buffer.
+        unsafe { std::slice::from_raw_parts(self.host, self.length) }
     }
 
-    /// Writes one element, volatile.
-    ///
-    /// # Panics
-    /// If `index` is out of range.
-    pub fn write(&self, index: usize, value: T) {
-        assert!(index < self.length, "element {index} of {}", self.length);
-        // SAFETY: in range and aligned.
-        unsafe { self.host.add(index).write_volatile(value) }
-    }
-
-    /// The elements as ordinary memory, to fill before the device sees them.
-    ///
-    /// # Safety
-    /// The device must not read or write the buffer while the slice lives.
-    pub unsafe fn as_mut_slice(&mut self) -> &mut [T] {
-        // SAFETY: `length` elements were allocated and zeroed; the caller keeps the device away.
-        unsafe { std::slice::from_raw_parts_mut(self.host, self.length) }
-    }
-
-    /// The device address of the first element. Valid while the buffer lives.
+    /// The device address of the first word. Valid while the buffer lives.
     pub fn device_pointer(&self) -> u64 {
         self.device
     }
-
-    /// Number of elements.
-    pub fn len(&self) -> usize {
-        self.length
-    }
-
-    /// Whether there are no elements.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
-    fn check_range(&self, range: &Range<usize>) -> Result<(), GpuError> {
-        in_range(range.start, range.len(), self.length)
-    }
 }
 
-impl MappedBuffer<u32> {
-    /// The words as atomics, the way to share flags and tokens with a running kernel.
-    pub fn atomics(&self) -> &[AtomicU32] {
-        // SAFETY: `AtomicU32` has the layout of `u32`, and all shared access is atomic or volatile.
-        unsafe { std::slice::from_raw_parts(self.host.cast(), self.length) }
-    }
-}
-
-impl MappedBuffer<u64> {
-    /// The words as atomics, the way to share flags and tokens with a running kernel.
-    pub fn atomics(&self) -> &[AtomicU64] {
-        // SAFETY: `AtomicU64` has the layout of `u64`, and all shared access is atomic or volatile.
-        unsafe { std::slice::from_raw_parts(self.host.cast(), self.length) }
-    }
-}
-
-impl<T: Pod> Drop for MappedBuffer<T> {
+impl Drop for MappedBuffer {
     fn drop(&mut self) {
         if self.gpu.bind().is_ok() {
             // SAFETY: allocated by `cuMemHostAlloc` and freed once.

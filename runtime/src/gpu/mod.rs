@@ -82,16 +82,6 @@ impl Properties {
         format!("sm_{major}{minor}")
     }
 
-    /// The architecture with the features of exactly this GPU: `sm_90a` from capability 9.0 on, else [`Self::arch`].
-    pub fn arch_specific(&self) -> String {
-        let suffix = if self.compute_capability.0 >= 9 {
-            "a"
-        } else {
-            ""
-        };
-        self.arch() + suffix
-    }
-
     /// The device as the planner sees it.
     ///
     /// # Errors
@@ -314,17 +304,10 @@ mod tests {
 
     #[test]
     fn architectures_are_named_as_the_compiler_names_them() {
-        let check = |capability, arch: &str, specific: &str| {
-            let p = properties(capability);
-            assert_eq!(
-                (p.arch().as_str(), p.arch_specific().as_str()),
-                (arch, specific)
-            );
-        };
-        check((8, 0), "sm_80", "sm_80");
-        check((8, 9), "sm_89", "sm_89");
-        check((9, 0), "sm_90", "sm_90a");
-        check((12, 0), "sm_120", "sm_120a");
+        let check = |capability, arch: &str| assert_eq!(properties(capability).arch(), arch);
+        check((8, 9), "sm_89");
+        check((9, 0), "sm_90");
+        check((12, 0), "sm_120");
     }
 
     /// Holds on every machine: with no driver the library is missed, with one the absurd index is refused.

@@ -34,7 +34,12 @@ impl Module {
         gpu.bind()?;
         // The driver takes no length: it goes by what an ELF file's headers promise, or by a PTX text's zero byte. So
         // refuse what has neither: it would read past the end.
-        if !is_whole_elf(cubin) && cubin.last() != Some(&0) {
+        let whole = if cubin.starts_with(ELF_MAGIC) {
+            is_whole_elf(cubin)
+        } else {
+            cubin.last() == Some(&0)
+        };
+        if !whole {
             return Err(Self::refused(
                 gpu,
                 "not a cubin".into(),
@@ -114,6 +119,8 @@ impl Module {
         })
     }
 }
+
+const ELF_MAGIC: &[u8] = b"\x7fELF";
 
 /// Whether all the sections are there that the file's headers promise.
 fn is_whole_elf(bytes: &[u8]) -> bool {

@@ -51,28 +51,6 @@ impl Stream {
         })
     }
 
-    /// Whether everything put on it has ended.
-    ///
-    /// # Errors
-    /// As [`Self::synchronize`].
-    pub fn is_idle(&self) -> Result<bool, GpuError> {
-        self.gpu.bind()?;
-        // SAFETY: the stream is alive.
-        ended("cuStreamQuery", unsafe { sys::cuStreamQuery(self.stream) })
-    }
-
-    /// Lets what is put on it from now on wait for `event`.
-    ///
-    /// # Errors
-    /// A failing driver call.
-    pub fn wait_for(&self, event: &Event) -> Result<(), GpuError> {
-        self.bind_with(&event.gpu)?;
-        // SAFETY: stream and event are alive.
-        check("cuStreamWaitEvent", unsafe {
-            sys::cuStreamWaitEvent(self.stream, event.event, 0)
-        })
-    }
-
     /// Records what `work` puts on this stream, without running it, as a graph that can be replayed.
     ///
     /// # Errors

@@ -16,6 +16,9 @@ use crate::checkpoint::Checkpoint;
 use crate::gpu::{DeviceBuffer, Function, Gpu, GpuError, MappedBuffer, Module, Stream};
 use crate::pack::{PackError, Packer, rope_table};
 
+/// Packed weights that wait in host memory to be sent, at most.
+const STAGED_BYTES: usize = 2 << 30;
+
 /// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
 pub enum MegakernelError {
@@ -68,8 +71,9 @@ pub struct Megakernel {
     /// `[slots, vocab]`, for sequences that sample.
     logits: DeviceBuffer<f32>,
     /// `[slots, max_seq]`, a token plus one where one was made.
-    tokens_out: MappedBuffer<u32>,
-    cancel: MappedBuffer<u32>,
+    tokens_out: MappedBuffer,
+    /// One word, not zero where the host has cancelled.
+    cancel: MappedBuffer,
     /// Every epoch used so far is at most this one.
     epoch: u32,
     kernel_ms: Option<f32>,
@@ -99,7 +103,11 @@ impl Megakernel {
         let values = DeviceBuffer::zeroed(gpu, program.cache_elements())?;
         // A batch of streams is packed on all cores, then sent; what is staged stays small beside the model.
         let ctas: Vec<usize> = (0..program.mesh.ctas).collect();
-        for batch in ctas.chunks(rayon::current_num_threads().max(1)) {
+        let largest = ctas.iter().map(|&cta| program.stream_bytes(cta)).max();
+        let at_once = (STAGED_BYTES / largest.unwrap_or(1).max(1))
+            .min(rayon::current_num_threads())
+            .max(1);
+        for batch in ctas.chunks(at_once) {
             let packed: Vec<Vec<u8>> = batch
                 .par_iter()
                 .map(|&cta| {

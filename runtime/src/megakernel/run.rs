@@ -156,6 +156,12 @@ struct LaunchSequence<'a> {
 }
 
 impl Megakernel {
+    fn set_cancelled(&self, cancelled: bool) {
+        for word in self.cancel.words() {
+            word.store(u32::from(cancelled), Ordering::Relaxed);
+        }
+    }
+
     /// Starts the kernel. The sequences were checked against the limits; `rows` of logits are dumped.
     fn start(
         &mut self,
@@ -223,10 +229,10 @@ impl Megakernel {
             self.exchange.clear(&self.stream)?;
             self.epoch = 0;
         }
-        for word in self.tokens_out.atomics() {
+        for word in self.tokens_out.words() {
             word.store(0, Ordering::Relaxed);
         }
-        self.cancel.write(0, 0);
+        self.set_cancelled(false);
 
         let data = LaunchData {
             prompts: DeviceBuffer::from_slice(&self.gpu, &prompts)?,
@@ -302,7 +308,7 @@ impl Running<'_> {
     /// Token `index` of sequence `slot`, once it is made.
     fn token(&self, slot: usize, index: usize) -> Option<u32> {
         let at = slot * self.model.program.max_seq + index;
-        let word = self.model.tokens_out.atomics().get(at)?;
+        let word = self.model.tokens_out.words().get(at)?;
         word.load(Ordering::Acquire).checked_sub(1)
     }
 
@@ -311,9 +317,9 @@ impl Running<'_> {
         self.end.is_passed()
     }
 
-    /// Asks the kernel to end after the decode step under way.
+    /// Asks the kernel to end after the step under way.
     fn cancel(&self) {
-        self.model.cancel.write(0, 1);
+        self.model.set_cancelled(true);
     }
 
     /// Waits for the end and hands over the dumped logits.

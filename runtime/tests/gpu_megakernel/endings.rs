@@ -195,6 +195,39 @@ fn a_listener_s_panic_ends_the_generation() {
     assert_eq!(gpu.generate_all(&short).unwrap(), want);
 }
 
+/// Most CTAs hold no part of so small a model: they wait for the whole of a long prefill, and hear when it is cancelled.
+#[test]
+fn a_long_prompt_is_taken_in_or_cancelled() {
+    const CONTEXT: usize = 1 << 16;
+    let model = qwen3(SIZES);
+    let kernel = Kernel::planned(&model, 1, CONTEXT);
+    let turn = turn();
+    let mut gpu = kernel.load(&turn, &model);
+    let prompt = prompts(&[CONTEXT - 10], VOCAB).remove(0);
+    let request = [GenerateRequest::greedy(prompt, 5)];
+    let whole = gpu.generate_all(&request).unwrap().remove(0);
+    assert_eq!(
+        (whole.tokens.len(), whole.reason),
+        (5, FinishReason::Length)
+    );
+    let taken = gpu.kernel_ms().unwrap();
+    let cancel = CancelHandle::new();
+    let cancelled = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            cancel.cancel();
+        });
+        events(&mut gpu, &request, &cancel, |_| ()).remove(0)
+    });
+    assert_eq!(
+        (cancelled.tokens.len(), cancelled.reason),
+        (0, FinishReason::Cancelled)
+    );
+    let early = gpu.kernel_ms().unwrap();
+    assert!(early < taken / 2.0, "{early} ms of {taken}");
+    assert_eq!(gpu.generate_all(&request).unwrap(), [whole]);
+}
+
 /// Batches of all sizes one after the other, sequences of all lengths in them.
 #[test]
 fn generations_follow_each_other() {

@@ -245,8 +245,8 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
     let mut needs = vec![
         ("Pages", program.ring.pages * program.ring.page_bytes),
         ("RingStorage", program.ring.pages * 16 + 4),
-        // Slot, position, token, first: 4 bytes each; a pointer.
-        ("Columns", Target::MAX_COLUMNS * (4 * 4 + 8)),
+        // Slot, position, token, first: 4 bytes each; a pointer. Then a note, padded.
+        ("Columns", Target::MAX_COLUMNS * (4 * 4 + 8) + 8),
         ("SumSquares", columns * CONSUMER_WARPS * 4),
         ("Rope", columns * a.head_dim / 2 * 8),
         (

@@ -116,7 +116,7 @@ impl<'a> Trace<'a> {
         match phase {
             Phase::Linear(index) => {
                 for cta in self.with_rows(*index) {
-                    self.publish(Buffer::Linear(*index), cta, self.clocks[cta].clone(), epoch)?;
+                    self.publish_what_it_knows(Buffer::Linear(*index), cta, epoch)?;
                 }
             }
             Phase::Attention(exchange) => {
@@ -126,7 +126,7 @@ impl<'a> Trace<'a> {
                 for cta in (0..workers).filter(|cta| cta % members < tasks) {
                     let mut clock = self.clocks[cta].to_vec();
                     clock[cta] = self.now + 1; // it has q, k and v
-                    self.publish(Buffer::Heads, cta, clock.into(), epoch)?;
+                    self.publish(Buffer::Heads, cta, &clock, clock[..].into(), epoch)?;
                 }
             }
             Phase::CollectHeads { all_groups, .. } => {
@@ -212,7 +212,7 @@ impl<'a> Trace<'a> {
     }
 
     /// A worker's threads each publish a word as soon as its own partial sums are there: such a word does not tell that
-    /// the other threads have read theirs.
+    /// the other threads have read theirs, and its writer knows only what all of them know when it overwrites one.
     fn reduce_scatter(
         &mut self,
         step: &Step,
@@ -228,9 +228,12 @@ impl<'a> Trace<'a> {
         }
         let mut known = HashMap::new();
         for (cta, of_owner) in of_owner.iter().enumerate() {
+            let before = self.clocks[cta].clone();
+            let (mut of_each, mut of_all): (Option<Vec<u32>>, _) = (None, before.to_vec());
             for &producer in of_owner {
                 let partials = &producers[producer].partials;
                 let buffer = Buffer::Linear(exchange.source);
+                self.clocks[cta] = before.clone();
                 self.join(
                     cta,
                     buffer,
@@ -239,14 +242,21 @@ impl<'a> Trace<'a> {
                     &mut known,
                     (Some(producer), None),
                 )?;
+                let knows = &self.clocks[cta];
+                join_clocks(&mut of_all, knows);
+                of_each = Some(match of_each {
+                    None => knows.to_vec(),
+                    Some(least) => least
+                        .iter()
+                        .zip(&knows[..])
+                        .map(|(a, b)| *a.min(b))
+                        .collect(),
+                });
             }
-            if !of_owner.is_empty() {
-                self.publish(
-                    Buffer::Gathered(exchange.source),
-                    cta,
-                    self.clocks[cta].clone(),
-                    epoch,
-                )?;
+            self.clocks[cta] = of_all.into();
+            if let Some(of_each) = of_each {
+                let buffer = Buffer::Gathered(exchange.source);
+                self.publish(buffer, cta, &of_each, self.clocks[cta].clone(), epoch)?;
             }
         }
         Ok(())
@@ -277,7 +287,7 @@ impl<'a> Trace<'a> {
                 self.owners(step, &exchange),
             ),
             _ => {
-                self.publish(Buffer::Stream, 0, self.clocks[0].clone(), epoch)?;
+                self.publish_what_it_knows(Buffer::Stream, 0, epoch)?;
                 (Buffer::Stream, vec![0])
             }
         };
@@ -294,7 +304,7 @@ impl<'a> Trace<'a> {
         self.place = place.to_owned();
         let ctas: Vec<usize> = (0..self.program.mesh.ctas).collect();
         for &cta in &ctas {
-            self.publish(buffer, cta, self.clocks[cta].clone(), epoch)?;
+            self.publish_what_it_knows(buffer, cta, epoch)?;
         }
         let mut known = HashMap::new();
         for &cta in &ctas {
@@ -312,10 +322,23 @@ impl<'a> Trace<'a> {
         }
     }
 
+    /// Words of threads that know all that their CTA knows.
+    fn publish_what_it_knows(
+        &mut self,
+        buffer: Buffer,
+        cta: usize,
+        epoch: u64,
+    ) -> Result<(), Violation> {
+        let clock = self.clocks[cta].clone();
+        self.publish(buffer, cta, &clock, clock.clone(), epoch)
+    }
+
+    /// `knows`: what each thread of the CTA knows when it writes; `clock`: what whoever has all the words learns.
     fn publish(
         &mut self,
         buffer: Buffer,
         cta: usize,
+        knows: &[u32],
         clock: Clock,
         epoch: u64,
     ) -> Result<(), Violation> {
@@ -332,7 +355,7 @@ impl<'a> Trace<'a> {
             let late = old
                 .readers
                 .iter()
-                .find(|(reader, at)| clock[*reader] <= *at);
+                .find(|(reader, at)| knows[*reader] <= *at);
             if let Some((reader, _)) = late.filter(|_| buffer != Buffer::Barrier) {
                 return Err(self.violation(
                     Rule::Reuse,
