@@ -124,6 +124,42 @@ MIRAGE_DEVICE bool advance(Context<R>& x) {
 }
 
 template <class Model>
+MIRAGE_DEVICE Context<typename Model::Ring> context_of(const Params& params, const Place& at, uint8_t* shared) {
+  typedef typename Model::Ring Ring;
+  typedef typename Model::Shared Shared;
+  return Context<Ring>{
+      params,
+      at,
+      RingReader<Ring>{*reinterpret_cast<RingStorage<Ring>*>(shared + Shared::kRingStorage), shared + Shared::kPages},
+      *reinterpret_cast<Columns*>(shared + Shared::kColumns),
+      reinterpret_cast<bf16*>(shared + Shared::kActivation),
+      reinterpret_cast<float*>(shared + Shared::kScratch),
+      reinterpret_cast<float*>(shared + Shared::kSumSquares),
+      reinterpret_cast<float2*>(shared + Shared::kRope),
+      reinterpret_cast<float*>(shared + Shared::kStream)};
+}
+
+// By the parity of the step: a CTA without a part of the layers may still read the last step's candidates while the
+// others write this step's.
+template <class Model>
+MIRAGE_DEVICE uint4* candidates_of(const Params& params, uint32_t parity) {
+  return params.exchange + Model::kCandidatesAt + parity * Model::kDecodeColumns * Model::Mesh::kCtas;
+}
+
+template <class Model>
+MIRAGE_DEVICE uint64_t* histograms_of(const Params& params) {
+  return reinterpret_cast<uint64_t*>(params.exchange + Model::kHistogramsAt);
+}
+
+template <class Model>
+MIRAGE_DEVICE void clear_histograms(const Params& params, const Place& at) {
+  constexpr int kAll = 2 * Histograms<Model::kDecodeColumns>::kOfParity;
+#pragma unroll 1
+  for (int i = at.cta * kConsumers + at.thread; i < kAll; i += Model::Mesh::kCtas * kConsumers)
+    histograms_of<Model>(params)[i] = 0;
+}
+
+template <class Model>
 MIRAGE_DEVICE void generate(const Params& params) {
   typedef typename Model::Mesh Mesh;
   typedef typename Model::Ring Ring;
@@ -139,19 +175,8 @@ MIRAGE_DEVICE void generate(const Params& params) {
     stream_weights<Model>(params, ring, at.cta);
     return;
   }
-  Context<Ring> x{params,
-                  at,
-                  RingReader<Ring>{storage, shared + Shared::kPages},
-                  *reinterpret_cast<Columns*>(shared + Shared::kColumns),
-                  reinterpret_cast<bf16*>(shared + Shared::kActivation),
-                  reinterpret_cast<float*>(shared + Shared::kScratch),
-                  reinterpret_cast<float*>(shared + Shared::kSumSquares),
-                  reinterpret_cast<float2*>(shared + Shared::kRope),
-                  reinterpret_cast<float*>(shared + Shared::kStream)};
-  uint64_t* histograms = reinterpret_cast<uint64_t*>(params.exchange + Model::kHistogramsAt);
-#pragma unroll 1
-  for (int i = at.cta * kConsumers + at.thread; i < 2 * Histograms<C>::kOfParity; i += Mesh::kCtas * kConsumers)
-    histograms[i] = 0;
+  Context<Ring> x = context_of<Model>(params, at, shared);
+  clear_histograms<Model>(params, at);
 
   uint32_t epoch = params.epoch;
 #pragma unroll 1
@@ -175,11 +200,10 @@ MIRAGE_DEVICE void generate(const Params& params) {
     sync_consumers();
     Model::decode_layers(x, epoch);
     const uint32_t last = epoch + Model::kLayers + 1;
-    // By parity: a CTA without a part of the layers may still read the last step's while the others write this step's.
-    uint4* candidates = params.exchange + Model::kCandidatesAt + parity * C * Mesh::kCtas;
+    uint4* candidates = candidates_of<Model>(params, parity);
     lm_head<typename Model::Head, C, Mesh>(x, candidates, cancelled != 0, last);
     const bool stop = collect_candidates<C, Mesh>(x, candidates, last);
-    sample<typename Model::Head, C, Mesh>(x, histograms, params.exchange + Model::kSamplesAt,
+    sample<typename Model::Head, C, Mesh>(x, histograms_of<Model>(params), params.exchange + Model::kSamplesAt,
                                           params.exchange + Model::kBarrierAt, parity, last);
     if (!advance<Model>(x) || stop) break;
   }

@@ -1,7 +1,7 @@
 //! CUDA source: a thin `kernel.cu` of constants and phase sequences over the device library in `device/`.
 //!
 //! Owns the text of `kernel.cu`; every computation is in the `.cuh` files, which are carried as they are. A verified
-//! program always emits; names that reach the source come from `identifier`, never from a graph as they stand.
+//! program always emits; names that reach the source are identifiers behind a prefix.
 
 use std::fmt::Write;
 
@@ -29,7 +29,7 @@ macro_rules! headers {
     };
 }
 
-const HEADERS: [(&str, &str); 14] = headers![
+const HEADERS: [(&str, &str); 15] = headers![
     "attention.cuh",
     "context.cuh",
     "exchange.cuh",
@@ -38,6 +38,7 @@ const HEADERS: [(&str, &str); 14] = headers![
     "head.cuh",
     "linear.cuh",
     "mirage.cuh",
+    "phased.cuh",
     "prelude.cuh",
     "random.cuh",
     "residual.cuh",
@@ -51,6 +52,19 @@ const ARCH_SM_90: &str = include_str!("../device/arch/sm_90.cuh");
 
 /// Emits the kernel of a program for an architecture.
 pub fn cuda_source(program: &Program, arch: Arch) -> CudaSource {
+    let mut emitter = Emitter {
+        program,
+        out: String::new(),
+    };
+    emitter.kernel();
+    CudaSource {
+        text: emitter.out,
+        headers: headers_for(arch),
+    }
+}
+
+/// The device library, as an architecture has it.
+fn headers_for(arch: Arch) -> Vec<(String, String)> {
     let arch_text = match arch {
         Arch::Sm80 | Arch::Sm86 | Arch::Sm89 => ARCH_SM_80,
         Arch::Sm90a | Arch::Sm100a | Arch::Sm120a => ARCH_SM_90,
@@ -60,15 +74,7 @@ pub fn cuda_source(program: &Program, arch: Arch) -> CudaSource {
         .map(|(name, text)| ((*name).to_owned(), (*text).to_owned()))
         .collect();
     headers.push(("arch.cuh".to_owned(), arch_text.to_owned()));
-    let mut emitter = Emitter {
-        program,
-        out: String::new(),
-    };
-    emitter.kernel();
-    CudaSource {
-        text: emitter.out,
-        headers,
-    }
+    headers
 }
 
 /// The type of a node of the graph. Names of the graph stay as they are, behind a prefix that nothing else has.
@@ -93,34 +99,17 @@ macro_rules! line {
     }};
 }
 
+mod phased;
+
+pub use phased::{PhasedSource, phased_source};
+
 impl Emitter<'_> {
     fn kernel(&mut self) {
-        let p = self.program;
-        line!(
-            self,
-            "// {} for {} sequences of up to {} positions, compiled by mirage. Do not edit.",
-            p.name,
-            p.slots,
-            p.max_seq
+        self.head_of_file(
+            "mirage.cuh",
+            "Constants and the order of phases; the phases themselves are in the headers.",
         );
-        line!(
-            self,
-            "// Constants and the order of phases; the phases themselves are in the headers."
-        );
-        line!(self, "#include \"mirage.cuh\"");
-        line!(self);
-        line!(self, "namespace mirage {{");
-        line!(self);
-        self.mesh();
-        self.memory();
-        for linear in p.linears.iter().chain([&p.head]) {
-            self.linear(linear);
-        }
-        self.attention();
-        self.exchanges();
-        self.model();
-        line!(self);
-        line!(self, "}}  // namespace mirage");
+        self.end_namespace();
         line!(self);
         line!(
             self,
@@ -132,6 +121,36 @@ impl Emitter<'_> {
         );
         line!(self, "  mirage::generate<mirage::Model>(params);");
         line!(self, "}}");
+    }
+
+    /// Up to the model; the namespace stays open.
+    fn head_of_file(&mut self, header: &str, about: &str) {
+        let p = self.program;
+        line!(
+            self,
+            "// {} for {} sequences of up to {} positions, compiled by mirage. Do not edit.",
+            p.name,
+            p.slots,
+            p.max_seq
+        );
+        line!(self, "// {about}");
+        line!(self, "#include \"{header}\"");
+        line!(self);
+        line!(self, "namespace mirage {{");
+        line!(self);
+        self.mesh();
+        self.memory();
+        for linear in p.linears.iter().chain([&p.head]) {
+            self.linear(linear);
+        }
+        self.attention();
+        self.exchanges();
+        self.model();
+    }
+
+    fn end_namespace(&mut self) {
+        line!(self);
+        line!(self, "}}  // namespace mirage");
     }
 
     fn constant(&mut self, name: &str, value: impl std::fmt::Display) {
@@ -366,18 +385,10 @@ impl Emitter<'_> {
 
     /// One kind of step: all layers, from the tokens' embeddings to the head's input.
     fn layers(&mut self, name: &str, step: &Step, with_head: bool) {
-        let p = self.program;
         let first = self.linear_name(0);
-        // The stream's owner and units follow the linears that write it.
-        let Some(writer) = step.layer.iter().rev().find_map(|phase| match phase {
-            Phase::AddToStream { exchange, .. } | Phase::ReduceScatter { exchange, .. } => {
-                Some(*exchange)
-            }
-            _ => None,
-        }) else {
+        let Some(shared) = self.shared_view(step) else {
             return;
         };
-        let shared = self.view(&writer);
         let columns = step.columns;
         line!(self);
         line!(self, "  // {columns} columns: {}", step.stream);
@@ -387,22 +398,16 @@ impl Emitter<'_> {
             "  MIRAGE_DEVICE static void {name}_layers(Context<R>& x, uint32_t epoch) {{"
         );
         line!(self, "    constexpr int C = {columns};");
-        let gathered = step.layer.iter().rev().find_map(|phase| match phase {
-            Phase::GatherStream { words_at, .. } => Some(*words_at),
-            _ => None,
-        });
-        let others = with_head && p.mesh.ctas > p.mesh.workers();
-        if others {
-            let at = gathered.map_or("kStreamAt".to_owned(), |at| at.to_string());
+        let others = self
+            .gather_of_others(step, "epoch + kLayers")
+            .filter(|_| with_head);
+        if let Some(gather) = others {
             line!(self, "    if (x.at.cta >= Mesh::kWorkers) {{");
             line!(
                 self,
                 "      // No part of the layers: only the head's input."
             );
-            line!(
-                self,
-                "      gather_stream<Head, {shared}, Mesh, C>(x, x.params.exchange + {at}, gamma_of<Head>(x.params, 0), epoch + kLayers);"
-            );
+            line!(self, "      {gather}");
             line!(self, "      return;");
             line!(self, "    }}");
         }
@@ -426,13 +431,47 @@ impl Emitter<'_> {
             self.phase(step, phase);
         }
         line!(self, "    }}");
-        if others && step.stream == StreamForm::Replicated {
-            line!(
-                self,
-                "    if (x.at.cta == 0) publish_stream(x, stream, x.params.exchange + kStreamAt, epoch + kLayers);"
-            );
+        if with_head {
+            self.hand_on_to_others("    ", step, "epoch + kLayers");
         }
         line!(self, "  }}");
+    }
+
+    /// How the stream is read by those who keep it: its owner and units follow the linears that write it.
+    fn shared_view(&self, step: &Step) -> Option<String> {
+        step.layer.iter().rev().find_map(|phase| match phase {
+            Phase::AddToStream { exchange, .. } | Phase::ReduceScatter { exchange, .. } => {
+                Some(self.view(exchange))
+            }
+            _ => None,
+        })
+    }
+
+    fn has_others(&self) -> bool {
+        self.program.mesh.ctas > self.program.mesh.workers()
+    }
+
+    /// How the CTAs without a part of the layers, where there are any, take in the head's input.
+    fn gather_of_others(&self, step: &Step, epoch: &str) -> Option<String> {
+        let shared = self.shared_view(step).filter(|_| self.has_others())?;
+        let gathered = step.layer.iter().rev().find_map(|phase| match phase {
+            Phase::GatherStream { words_at, .. } => Some(*words_at),
+            _ => None,
+        });
+        let at = gathered.map_or("Model::kStreamAt".to_owned(), |at| at.to_string());
+        Some(format!(
+            "gather_stream<Head, {shared}, Mesh, C>(x, x.params.exchange + {at}, gamma_of<Head>(x.params, 0), {epoch});"
+        ))
+    }
+
+    /// Gives the head's input to the CTAs without a part of the layers, where they do not see it anyway.
+    fn hand_on_to_others(&mut self, indent: &str, step: &Step, epoch: &str) {
+        if self.has_others() && step.stream == StreamForm::Replicated {
+            line!(
+                self,
+                "{indent}if (x.at.cta == 0) publish_stream(x, stream, x.params.exchange + Model::kStreamAt, {epoch});"
+            );
+        }
     }
 
     fn phase(&mut self, step: &Step, phase: &Phase) {

@@ -4,17 +4,14 @@
 //! NVRTC compiles one program at a time in a process, so there is nothing to gain from threads here.
 
 use mirage_compiler::arch::Arch;
-use mirage_compiler::emit::{ENTRY, cuda_source};
+use mirage_compiler::emit::{CudaSource, ENTRY, PhasedSource, cuda_source, phased_source};
 use mirage_compiler::nvrtc::{Nvrtc, Options, Source};
 
 use crate::models::compile;
 
-/// A kernel compiles without a warning, and keeps everything in registers.
+/// Kernels compile without a warning, and keep everything in registers.
 #[track_caller]
-fn check(model: &str, arch: Arch, batch: usize) {
-    let what = format!("{model}, {arch}, batch {batch}");
-    let (_, program) = compile(model, arch, batch);
-    let cuda = cuda_source(&program, arch);
+fn compile_clean(what: &str, cuda: CudaSource, arch: Arch) -> Vec<String> {
     let source = Source {
         name: "kernel.cu".to_owned(),
         text: cuda.text,
@@ -26,19 +23,57 @@ fn check(model: &str, arch: Arch, batch: usize) {
         .unwrap_or_else(|error| panic!("{what}: {error}"));
     assert_eq!(&compiled.cubin[..4], b"\x7fELF", "{what}");
     assert_eq!(compiled.log, "", "{what}");
-    let [kernel] = &compiled.resources[..] else {
-        panic!("{what}: {:?}", compiled.resources)
-    };
-    assert_eq!(kernel.name, ENTRY, "{what}");
-    assert_eq!(
-        (
-            kernel.spill_store_bytes,
-            kernel.spill_load_bytes,
-            kernel.stack_bytes
-        ),
-        (0, 0, 0),
-        "{what}: spills (stores, loads) and stack: {kernel:?}"
-    );
+    let mut names = Vec::new();
+    for kernel in compiled.resources {
+        assert_eq!(
+            (
+                kernel.spill_store_bytes,
+                kernel.spill_load_bytes,
+                kernel.stack_bytes
+            ),
+            (0, 0, 0),
+            "{what}: spills (stores, loads) and stack: {kernel:?}"
+        );
+        names.push(kernel.name);
+    }
+    names
+}
+
+#[track_caller]
+fn check(model: &str, arch: Arch, batch: usize) {
+    let what = format!("{model}, {arch}, batch {batch}");
+    let (_, program) = compile(model, arch, batch);
+    let names = compile_clean(&what, cuda_source(&program, arch), arch);
+    assert_eq!(names, [ENTRY], "{what}");
+}
+
+/// The chain of kernels that the benchmark compares with.
+#[track_caller]
+fn check_phased(model: &str, arch: Arch, batch: usize) {
+    let what = format!("{model}, {arch}, batch {batch}, phased");
+    let (_, program) = compile(model, arch, batch);
+    let phased = phased_source(&program, arch);
+    let mut names = compile_clean(&what, phased.source, arch);
+    names.sort();
+    let others = [
+        PhasedSource::BEGIN,
+        PhasedSource::END_PREFILL,
+        PhasedSource::HEAD,
+        PhasedSource::CHOOSE,
+        PhasedSource::END_DECODE,
+    ];
+    let mut expect: Vec<String> = others.map(str::to_owned).to_vec();
+    expect.extend(phased.prefill);
+    expect.extend(phased.decode);
+    expect.sort();
+    assert_eq!(names, expect, "{what}");
+}
+
+#[test]
+fn phased_kernels_compile() {
+    check_phased("0.6B", Arch::Sm90a, 1);
+    check_phased("0.6B", Arch::Sm90a, 8);
+    check_phased("tiny", Arch::Sm80, 1);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Snapshots of plan, program and CUDA source.
 
 use mirage_compiler::arch::Arch;
-use mirage_compiler::emit::cuda_source;
+use mirage_compiler::emit::{cuda_source, phased_source};
 
 use crate::models::compile;
 
@@ -42,6 +42,18 @@ fn check(model: &str, arch: Arch, batch: usize, name: &str) {
 fn qwen3_0_6b_on_h100() {
     check("0.6B", Arch::Sm90a, 1, "qwen3_0_6b_h100_b1");
     check("0.6B", Arch::Sm90a, 8, "qwen3_0_6b_h100_b8");
+}
+
+/// The chain of kernels that the benchmark compares with: the residual stream replicated, and scattered.
+#[test]
+fn qwen3_0_6b_phased() {
+    for (batch, name) in [(1, "qwen3_0_6b_h100_b1"), (8, "qwen3_0_6b_h100_b8")] {
+        let (_, program) = compile("0.6B", Arch::Sm90a, batch);
+        let phased = phased_source(&program, Arch::Sm90a);
+        let text = phased.source.text;
+        let model = text.find("struct Model").expect("the model");
+        snapshot("phased", name, &text[model..]);
+    }
 }
 
 #[test]

@@ -120,6 +120,16 @@ impl Module {
     }
 }
 
+/// A launch attribute, its value still zero.
+fn attribute(id: sys::CUlaunchAttributeID) -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id,
+        pad: [0; 4],
+        // SAFETY: a union of plain integers, for all of which zero is a value.
+        value: unsafe { std::mem::zeroed() },
+    }
+}
+
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 
 /// Whether all the sections are there that the file's headers promise.
@@ -308,15 +318,36 @@ impl Function {
                 limit,
             });
         }
-        let mut cooperative = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
-            pad: [0; 4],
-            // SAFETY: plain integers, for all of which zero is a value.
-            value: unsafe { std::mem::zeroed() },
-        };
+        let mut cooperative = attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE);
         cooperative.value.cooperative = 1;
         // SAFETY: the caller's promise.
         unsafe { self.enqueue(stream, config, params, &mut [cooperative]) }
+    }
+
+    /// As [`Self::launch`], for a kernel that may start while the one before it on the stream still runs, where the GPU
+    /// can do that: it waits with `griddepcontrol.wait` before it touches what others write (programmatic dependent launch).
+    ///
+    /// # Errors
+    /// A failing driver call.
+    ///
+    /// # Safety
+    /// As [`Self::launch`]; and the kernel must wait as described.
+    pub unsafe fn launch_overlapping<P: Copy>(
+        &self,
+        stream: &Stream,
+        config: LaunchConfig,
+        params: &P,
+    ) -> Result<(), GpuError> {
+        if self.module.inner.gpu.properties().compute_capability.0 < 9 {
+            // SAFETY: the caller's promise.
+            return unsafe { self.enqueue(stream, config, params, &mut []) };
+        }
+        let mut overlapping = attribute(
+            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        );
+        overlapping.value.programmaticStreamSerializationAllowed = 1;
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, config, params, &mut [overlapping]) }
     }
 
     /// # Safety

@@ -48,7 +48,7 @@ pub(super) struct PrefillColumn {
 
 /// The kernel's one parameter. Addresses are of device memory, but for the last two.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub(super) struct Params {
     pub(super) weights: u64,
     pub(super) stream_offsets: u64,

@@ -5,13 +5,16 @@
 //! queued.
 
 mod launch;
+mod phased;
 mod run;
 
 use half::bf16;
-use mirage_compiler::emit::ENTRY;
+use mirage_compiler::emit::{ENTRY, PhasedSource};
 use mirage_compiler::program::{Program, THREADS, WORD_BYTES};
 use rayon::prelude::*;
 
+use self::phased::Chain;
+use self::run::Staged;
 use crate::checkpoint::Checkpoint;
 use crate::gpu::{DeviceBuffer, Function, Gpu, GpuError, MappedBuffer, Module, Stream};
 use crate::pack::{PackError, Packer, rope_table};
@@ -54,6 +57,16 @@ pub enum MegakernelError {
     },
 }
 
+/// How a generation is run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    /// One launch.
+    #[default]
+    Persistent,
+    /// The same phases as kernels of their own, a step as a CUDA graph, to compare with. Needs [`Megakernel::add_phased`].
+    Phased,
+}
+
 /// A model on a GPU, ready to generate.
 pub struct Megakernel {
     gpu: Gpu,
@@ -74,8 +87,11 @@ pub struct Megakernel {
     tokens_out: MappedBuffer,
     /// One word, not zero where the host has cancelled.
     cancel: MappedBuffer,
+    staged: Staged,
     /// Every epoch used so far is at most this one.
     epoch: u32,
+    form: Form,
+    chain: Option<Chain>,
     kernel_ms: Option<f32>,
 }
 
@@ -136,7 +152,10 @@ impl Megakernel {
             logits: DeviceBuffer::zeroed(gpu, program.slots * program.vocab)?,
             tokens_out: MappedBuffer::zeroed(gpu, program.slots * program.max_seq)?,
             cancel: MappedBuffer::zeroed(gpu, 1)?,
+            staged: Staged::new(gpu)?,
             epoch: 0,
+            form: Form::Persistent,
+            chain: None,
             kernel_ms: None,
             gpu: gpu.clone(),
             stream,
@@ -145,12 +164,36 @@ impl Megakernel {
         })
     }
 
+    /// Adds the chain of kernels of [`Form::Phased`], compiled from the same program.
+    ///
+    /// # Errors
+    /// A cubin that is not for this GPU, or a failing driver call.
+    pub fn add_phased(
+        &mut self,
+        source: &PhasedSource,
+        cubin: &[u8],
+    ) -> Result<(), MegakernelError> {
+        self.chain = Some(Chain::load(&self.gpu, &self.program, source, cubin)?);
+        Ok(())
+    }
+
+    /// Chooses how the next generations run. Without a chain all are persistent.
+    pub fn set_form(&mut self, form: Form) {
+        self.form = form;
+    }
+
+    /// Kernels that a decode step takes in [`Form::Phased`].
+    pub fn phased_launches(&self) -> Option<usize> {
+        let chain = self.chain.as_ref()?;
+        Some(chain.launches(&self.program))
+    }
+
     /// What it was compiled as.
     pub fn program(&self) -> &Program {
         &self.program
     }
 
-    /// Time of the last finished launch on the device, in milliseconds.
+    /// Time of the last finished generation on the device, in milliseconds.
     pub fn kernel_ms(&self) -> Option<f32> {
         self.kernel_ms
     }

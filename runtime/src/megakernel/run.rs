@@ -3,18 +3,23 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bytemuck::{Pod, Zeroable};
 use mirage_compiler::program::{THREADS, step_epochs};
 
 use super::launch::{Params, PrefillColumn, Sequence};
-use super::{Megakernel, MegakernelError};
+use super::phased::State;
+use super::{Form, Megakernel, MegakernelError};
 use crate::generate::{
     CancelHandle, Event, Executor, FinishReason, GenerateError, GenerateRequest, Limits, Logits,
     PrefillSequence, prefill_steps,
 };
-use crate::gpu::{self, DeviceBuffer, GpuError, LaunchConfig};
+use crate::gpu::{self, DeviceBuffer, Gpu, GpuError, LaunchConfig, Stream};
 
 /// How long the host sleeps when no token has come: short beside a step, long enough to leave the core to others.
 const POLL: Duration = Duration::from_micros(20);
+
+/// Steps of a chain of kernels that wait on the stream: enough that the GPU never waits for the host.
+const STEPS_AHEAD: usize = 3;
 
 impl Executor for Megakernel {
     fn limits(&self) -> Limits {
@@ -37,8 +42,16 @@ impl Executor for Megakernel {
             })
             .collect();
         let mut progress: Vec<Progress<'_>> = batch.iter().map(Progress::new).collect();
-        let running = self.start(&launch, 0).map_err(executor)?;
+        let mut running = self.start(&launch, 0).map_err(executor)?;
         loop {
+            let ended = progress.iter().all(|progress| progress.reason.is_some());
+            let made = progress.iter().map(|progress| progress.made).max();
+            if ended || cancel.is_cancelled() {
+                running.launch_no_more().map_err(executor)?;
+            } else {
+                let steps = made.unwrap_or(0) + STEPS_AHEAD;
+                running.launch_steps(steps).map_err(executor)?;
+            }
             // Asked before the tokens are read: what was made before the end is seen after it.
             let done = running.is_done().map_err(executor)?;
             if cancel.is_cancelled() {
@@ -100,7 +113,8 @@ impl Executor for Megakernel {
                 }
             })
             .collect();
-        let running = self.start(&launch, rows).map_err(executor)?;
+        let mut running = self.start(&launch, rows).map_err(executor)?;
+        running.launch_steps(usize::MAX).map_err(executor)?;
         let dump = running.finish().map_err(executor)?;
         let mut all = dump.to_vec(&self.stream).map_err(executor)?;
         let mut scored: Vec<Logits> = Vec::with_capacity(sequences.len());
@@ -212,8 +226,9 @@ impl Megakernel {
         let decode_steps = batch
             .iter()
             .map(|s| {
-                let last = s.request.prompt.len() + s.request.max_new_tokens.min(context);
-                last - s.first_decode
+                let prompt = s.request.prompt.len();
+                let new = s.request.max_new_tokens.min(context + 1 - prompt);
+                prompt - 1 - s.first_decode + new
             })
             .max()
             .unwrap_or(0);
@@ -234,13 +249,12 @@ impl Megakernel {
         }
         self.set_cancelled(false);
 
-        let data = LaunchData {
-            prompts: DeviceBuffer::from_slice(&self.gpu, &prompts)?,
-            sequences: DeviceBuffer::from_slice(&self.gpu, &sequences)?,
-            prefill: DeviceBuffer::from_slice(&self.gpu, &columns)?,
-            stop_tokens: DeviceBuffer::from_slice(&self.gpu, &stop_tokens)?,
-            logits_dump: DeviceBuffer::zeroed(&self.gpu, rows * self.program.vocab)?,
-        };
+        let (gpu, stream) = (&self.gpu, &self.stream);
+        stage(&mut self.staged.prompts, gpu, stream, &prompts)?;
+        stage(&mut self.staged.sequences, gpu, stream, &sequences)?;
+        stage(&mut self.staged.prefill, gpu, stream, &columns)?;
+        stage(&mut self.staged.stop_tokens, gpu, stream, &stop_tokens)?;
+        let logits_dump = DeviceBuffer::zeroed(gpu, rows * self.program.vocab)?;
         let params = Params {
             weights: self.weights.device_pointer(),
             stream_offsets: self.stream_offsets.device_pointer(),
@@ -251,11 +265,11 @@ impl Megakernel {
             values: self.values.device_pointer(),
             exchange: self.exchange.device_pointer(),
             logits: self.logits.device_pointer(),
-            logits_dump: data.logits_dump.device_pointer(),
-            prompts: data.prompts.device_pointer(),
-            sequences: data.sequences.device_pointer(),
-            prefill: data.prefill.device_pointer(),
-            stop_tokens: data.stop_tokens.device_pointer(),
+            logits_dump: logits_dump.device_pointer(),
+            prompts: self.staged.prompts.device_pointer(),
+            sequences: self.staged.sequences.device_pointer(),
+            prefill: self.staged.prefill.device_pointer(),
+            stop_tokens: self.staged.stop_tokens.device_pointer(),
             tokens_out: self.tokens_out.device_pointer(),
             cancel: self.cancel.device_pointer(),
             prefill_steps: steps.len() as u32,
@@ -263,6 +277,7 @@ impl Megakernel {
             epoch: self.epoch,
             unused: 0,
         };
+        let state = self.first_state(batch, &params);
         self.epoch = self.epoch.saturating_add(epochs);
         let config = LaunchConfig {
             grid: [self.program.mesh.ctas as u32, 1, 1],
@@ -270,38 +285,104 @@ impl Megakernel {
             dynamic_shared_bytes: self.program.shared.bytes as u32,
         };
         let (begin, end) = (gpu::Event::new(&self.gpu)?, gpu::Event::new(&self.gpu)?);
-        begin.record(&self.stream)?;
-        // SAFETY: `Params` is the twin of the kernel's parameter; all buffers have the sizes the program gives them, and
-        // live in `self` and in `data`, which `Running` holds until the stream has passed the kernel.
-        unsafe {
-            self.function
-                .launch_cooperative(&self.stream, config, &params)?;
-        }
-        end.record(&self.stream)?;
-        Ok(Running {
+        let mut running = Running {
             model: self,
-            data: Some(data),
+            logits_dump: Some(logits_dump),
             begin,
             end,
-        })
+            launched: 0,
+            steps: 0,
+        };
+        let model = &mut *running.model;
+        match (model.form, &mut model.chain) {
+            (Form::Phased, Some(chain)) => {
+                chain.prepare(&model.stream, &model.program, &params, state)?;
+                running.begin.record(&model.stream)?;
+                for _ in 0..params.prefill_steps {
+                    chain.prefill_step(&model.stream)?;
+                }
+                running.steps = decode_steps;
+            }
+            (Form::Persistent, _) | (Form::Phased, None) => {
+                running.begin.record(&model.stream)?;
+                // SAFETY: `Params` is the twin of the kernel's parameter; all buffers have the sizes the program gives
+                // them, and live in the model and in `running`, which waits until the stream has passed the kernel.
+                unsafe {
+                    model
+                        .function
+                        .launch_cooperative(&model.stream, config, &params)?;
+                }
+                running.end.record(&model.stream)?;
+            }
+        }
+        Ok(running)
+    }
+
+    /// The columns of the first decode step, as `begin_decode` in `device/generate.cuh` sets them.
+    fn first_state(&self, batch: &[LaunchSequence<'_>], params: &Params) -> State {
+        let mut state = State::zeroed();
+        state.epoch = params.epoch;
+        state.slot = [-1; _];
+        let vocab = self.program.vocab;
+        for (slot, sequence) in batch.iter().enumerate() {
+            let position = sequence.first_decode;
+            state.slot[slot] = slot as i32;
+            state.position[slot] = position as u32;
+            state.token[slot] = sequence.request.prompt[position];
+            state.first[slot] = slot as u32;
+            let row = |base: u64, row: usize| base + (row * vocab * size_of::<f32>()) as u64;
+            state.logits[slot] = match sequence.logits_row {
+                Some(first) => row(params.logits_dump, first + position),
+                None if sequence.request.sampling.temperature > 0.0 => row(params.logits, slot),
+                None => 0,
+            };
+        }
+        state
     }
 }
 
-/// Device memory that lives as long as a launch.
-struct LaunchData {
+/// What a generation is given, in device memory that is kept from one to the next.
+pub(super) struct Staged {
     prompts: DeviceBuffer<u32>,
     sequences: DeviceBuffer<Sequence>,
     prefill: DeviceBuffer<PrefillColumn>,
     stop_tokens: DeviceBuffer<u32>,
-    logits_dump: DeviceBuffer<f32>,
 }
 
-/// A kernel under way. Dropping it cancels it and waits.
+impl Staged {
+    pub(super) fn new(gpu: &Gpu) -> Result<Staged, GpuError> {
+        Ok(Staged {
+            prompts: DeviceBuffer::zeroed(gpu, 0)?,
+            sequences: DeviceBuffer::zeroed(gpu, 0)?,
+            prefill: DeviceBuffer::zeroed(gpu, 0)?,
+            stop_tokens: DeviceBuffer::zeroed(gpu, 0)?,
+        })
+    }
+}
+
+/// Puts data on the device, in a new buffer only where the old one is too short.
+fn stage<T: Pod>(
+    buffer: &mut DeviceBuffer<T>,
+    gpu: &Gpu,
+    stream: &Stream,
+    data: &[T],
+) -> Result<(), GpuError> {
+    if buffer.len() < data.len() {
+        *buffer = DeviceBuffer::zeroed(gpu, data.len().next_power_of_two())?;
+    }
+    buffer.copy_from(stream, 0, data)
+}
+
+/// A generation under way. Dropping it cancels it and waits.
 struct Running<'a> {
     model: &'a mut Megakernel,
-    data: Option<LaunchData>,
+    logits_dump: Option<DeviceBuffer<f32>>,
     begin: gpu::Event,
     end: gpu::Event,
+    /// Decode steps of a chain of kernels that are on the stream.
+    launched: usize,
+    /// All there will be; 0 where one kernel does all.
+    steps: usize,
 }
 
 impl Running<'_> {
@@ -312,8 +393,35 @@ impl Running<'_> {
         word.load(Ordering::Acquire).checked_sub(1)
     }
 
-    /// Whether the kernel has ended. A fault of the kernel is an error here.
+    /// Puts decode steps on the stream until so many were.
+    fn launch_steps(&mut self, up_to: usize) -> Result<(), GpuError> {
+        let model = &mut *self.model;
+        if let Some(chain) = &mut model.chain {
+            while self.launched < self.steps.min(up_to) {
+                chain.decode_step(&model.stream)?;
+                self.launched += 1;
+                if self.launched == self.steps {
+                    self.end.record(&model.stream)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves it at the steps that are on the stream.
+    fn launch_no_more(&mut self) -> Result<(), GpuError> {
+        if self.launched < self.steps {
+            self.steps = self.launched;
+            self.end.record(&self.model.stream)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the generation has ended. A fault of a kernel is an error here.
     fn is_done(&self) -> Result<bool, GpuError> {
+        if self.launched < self.steps {
+            return Ok(false);
+        }
         self.end.is_passed()
     }
 
@@ -326,8 +434,8 @@ impl Running<'_> {
     fn finish(mut self) -> Result<DeviceBuffer<f32>, MegakernelError> {
         self.end.synchronize()?;
         self.model.kernel_ms = Some(self.end.milliseconds_since(&self.begin)?);
-        match self.data.take() {
-            Some(data) => Ok(data.logits_dump),
+        match self.logits_dump.take() {
+            Some(logits_dump) => Ok(logits_dump),
             None => Ok(DeviceBuffer::zeroed(&self.model.gpu, 0)?),
         }
     }
@@ -335,10 +443,10 @@ impl Running<'_> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        if self.data.is_some() {
+        if self.logits_dump.is_some() {
             self.cancel();
             // A failure here has its cause in the kernel, and shows at the next call on the device.
-            let _ = self.end.synchronize();
+            let _ = self.model.stream.synchronize();
         }
     }
 }

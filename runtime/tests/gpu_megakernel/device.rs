@@ -3,11 +3,11 @@
 use std::fs::read_to_string;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use mirage_compiler::arch::GpuModel;
+use mirage_compiler::arch::{Arch, GpuModel};
 use mirage_compiler::artifact::SOURCE_FILE;
 use mirage_compiler::cubin_cache;
 use mirage_compiler::driver;
-use mirage_compiler::emit::cuda_source;
+use mirage_compiler::emit::{CudaSource, PhasedSource, cuda_source, phased_source};
 use mirage_compiler::nvrtc::{Options, Source};
 use mirage_compiler::plan::Target;
 use mirage_compiler::program::Program;
@@ -51,6 +51,19 @@ pub(crate) fn gpu_model() -> GpuModel {
     gpu.properties().model().unwrap()
 }
 
+fn build(source: CudaSource, arch: Arch) -> Vec<u8> {
+    let source = Source {
+        name: SOURCE_FILE.to_owned(),
+        text: source.text,
+        headers: source.headers,
+    };
+    let fetched = cubin_cache::fetch(&source, arch, &Options::default());
+    fetched
+        .unwrap_or_else(|error| panic!("{error}"))
+        .compiled
+        .cubin
+}
+
 /// A program and its code.
 pub(crate) struct Kernel {
     pub(crate) program: Program,
@@ -84,18 +97,16 @@ impl Kernel {
     pub(crate) fn chosen(model: &Model, choice: &Choice, batch: usize, max_seq: usize) -> Kernel {
         let gpu = gpu_model();
         let program = choice.program_on(gpu, model, batch, max_seq);
-        let source = cuda_source(&program, gpu.arch);
-        let source = Source {
-            name: SOURCE_FILE.to_owned(),
-            text: source.text,
-            headers: source.headers,
-        };
-        let fetched = cubin_cache::fetch(&source, gpu.arch, &Options::default());
-        let fetched = fetched.unwrap_or_else(|error| panic!("{program}\n{error}"));
-        Kernel {
-            program,
-            cubin: fetched.compiled.cubin,
-        }
+        let cubin = build(cuda_source(&program, gpu.arch), gpu.arch);
+        Kernel { program, cubin }
+    }
+
+    /// The same program as a chain of kernels.
+    pub(crate) fn phased(&self) -> (PhasedSource, Vec<u8>) {
+        let arch = gpu_model().arch;
+        let phased = phased_source(&self.program, arch);
+        let cubin = build(phased.source.clone(), arch);
+        (phased, cubin)
     }
 
     /// On the GPU, unless it is refused.

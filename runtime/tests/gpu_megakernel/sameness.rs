@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use mirage_compiler::mesh::{Placement, Split};
 use mirage_compiler::plan::StreamForm;
 use mirage_runtime::generate::{Executor, GenerateRequest};
-use mirage_runtime::megakernel::Megakernel;
+use mirage_runtime::megakernel::{Form, Megakernel};
 use mirage_runtime::sampler::SamplingParams;
 
 use crate::common::testing::{Choice, qwen3};
@@ -119,6 +119,55 @@ fn neighbours_change_nothing_in_the_tiny_model() {
     let kernel = Kernel::planned(&model, 8, 128);
     let turn = turn();
     check_company(&mut kernel.load(&turn, &model));
+}
+
+/// The chain of kernels computes the same, to the bit, sums and noise included.
+#[test]
+fn a_chain_of_kernels_makes_the_same_tokens() {
+    let model = qwen3(SIZES);
+    let tiny = tiny();
+    let replicated = Choice {
+        groups: 2,
+        members: 2,
+        helpers: 3,
+        writers: Placement {
+            groups: Split::Columns,
+            members: Split::Rows,
+        },
+        stream: StreamForm::Replicated,
+        kv_splits: 2,
+        heads_per_task: 1,
+        prefill_columns: 4,
+    };
+    let scattered = Choice {
+        stream: StreamForm::Scattered,
+        ..replicated
+    };
+    for (model, kernel) in [
+        (&model, Kernel::planned(&model, 1, 104)),
+        (&model, Kernel::chosen(&model, &replicated, 8, 104)),
+        (&model, Kernel::chosen(&model, &scattered, 16, 104)),
+        (&tiny, Kernel::planned(&tiny, 4, 128)),
+    ] {
+        let (source, cubin) = kernel.phased();
+        let turn = turn();
+        let mut gpu = kernel.load(&turn, model);
+        gpu.add_phased(&source, &cubin).unwrap();
+        let (batch, vocab) = (gpu.limits().batch, gpu.limits().vocab);
+        let requests = mixed(batch, vocab);
+        let sequences = prompts(&LENGTHS[..batch], vocab);
+        let tokens = gpu.generate_all(&requests).unwrap();
+        let logits = gpu.score(&sequences).unwrap();
+        gpu.set_form(Form::Phased);
+        for _ in 0..3 {
+            assert_eq!(gpu.generate_all(&requests).unwrap(), tokens);
+        }
+        assert!(gpu.score(&sequences).unwrap() == logits, "logits");
+        let few = gpu.generate_all(&requests[..1]).unwrap();
+        assert_eq!(few[..], tokens[..1]);
+        gpu.set_form(Form::Persistent);
+        assert_eq!(gpu.generate_all(&requests).unwrap(), tokens);
+    }
 }
 
 /// Prompts of one token have no prefill: all logits are of decode steps, as the scored ones are.
