@@ -81,7 +81,7 @@ pub struct Args {
     #[arg(long, conflicts_with = "skip_baseline")]
     pub skip_mirage: bool,
 
-    /// Baselines [default: b0 b1 on a GPU, reference on the CPU]
+    /// Baselines [default: b0 b1 b2 on a GPU, reference on the CPU]
     #[arg(long, value_name = "NAME", num_args = 1.., value_enum, conflicts_with = "skip_baseline")]
     pub baseline: Vec<BaselineName>,
 
@@ -149,6 +149,8 @@ pub enum BaselineName {
     B0,
     /// GPU: the same in a CUDA graph.
     B1,
+    /// GPU: mirage's fused phases as separate kernels in a CUDA graph.
+    B2,
     /// CPU: the plain reference.
     Reference,
 }

@@ -82,10 +82,13 @@ pub(super) fn check_baselines(args: &Args, gpu: bool) -> Result<()> {
             (BaselineName::Reference, true) => {
                 bail!("--baseline reference runs on the CPU; add --device cpu")
             }
-            (BaselineName::B0 | BaselineName::B1, false) => {
-                bail!("--baseline b0 and b1 need a GPU; on the CPU there is --baseline reference")
+            (BaselineName::B0 | BaselineName::B1 | BaselineName::B2, false) => {
+                bail!(
+                    "--baseline b0, b1 and b2 need a GPU; on the CPU there is --baseline reference"
+                )
             }
-            (BaselineName::Reference, false) | (BaselineName::B0 | BaselineName::B1, true) => {}
+            (BaselineName::Reference, false)
+            | (BaselineName::B0 | BaselineName::B1 | BaselineName::B2, true) => {}
         }
     }
     Ok(())

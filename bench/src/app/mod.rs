@@ -11,6 +11,7 @@ use std::io::{self, Write as _};
 use anyhow::{Context, Result, bail};
 use mirage_runtime::baseline::LaunchMode;
 use mirage_runtime::gpu::Gpu;
+use mirage_runtime::megakernel::Form;
 
 use crate::cli::{Args, BaselineName};
 use crate::compare::Comparison;
@@ -23,7 +24,7 @@ use crate::report::{format, html, json, markdown, text};
 use crate::results::{DeviceState, Iteration, Point, PromptFacts, Results, Sample, SideFacts};
 use crate::side::{Interrupt, Sampling, Side};
 use crate::sides::cpu::MirageCpu;
-use crate::sides::gpu::MirageGpu;
+use crate::sides::gpu::{MirageGpu, SharedMirage};
 use crate::sides::per_op::{PerOp, SharedBaseline};
 use crate::sides::reference::PlainReference;
 use crate::workload::{Answer, Workload};
@@ -230,9 +231,10 @@ fn sides<'a>(
     gpu: Option<&Gpu>,
 ) -> Vec<Box<dyn Side + 'a>> {
     let mut sides: Vec<Box<dyn Side + 'a>> = Vec::new();
+    let mirage = gpu.map(|gpu| SharedMirage::new(model, gpu));
     if !args.skip_mirage {
-        sides.push(match gpu {
-            Some(gpu) => Box::new(MirageGpu::new(model, gpu)),
+        sides.push(match &mirage {
+            Some(mirage) => Box::new(MirageGpu::new(mirage, Form::Persistent)),
             None => Box::new(MirageCpu::new(model)),
         });
     }
@@ -240,7 +242,7 @@ fn sides<'a>(
         return sides;
     }
     let mut names = match (args.baseline.as_slice(), gpu) {
-        ([], Some(_)) => vec![BaselineName::B0, BaselineName::B1],
+        ([], Some(_)) => vec![BaselineName::B0, BaselineName::B1, BaselineName::B2],
         ([], None) => vec![BaselineName::Reference],
         (names, _) => names.to_vec(),
     };
@@ -248,18 +250,23 @@ fn sides<'a>(
     names.dedup();
     let shared = gpu.map(|gpu| SharedBaseline::new(model, gpu));
     for name in names {
-        match (name, &shared) {
-            (BaselineName::B0, Some(shared)) => {
+        match (name, &shared, &mirage) {
+            (BaselineName::B0, Some(shared), _) => {
                 sides.push(Box::new(PerOp::new(shared, LaunchMode::Eager)))
             }
-            (BaselineName::B1, Some(shared)) => {
+            (BaselineName::B1, Some(shared), _) => {
                 sides.push(Box::new(PerOp::new(shared, LaunchMode::Graph)))
             }
-            (BaselineName::Reference, None) => {
+            (BaselineName::B2, _, Some(mirage)) => {
+                sides.push(Box::new(MirageGpu::new(mirage, Form::Phased)))
+            }
+            (BaselineName::Reference, None, _) => {
                 sides.push(Box::new(PlainReference::new(model, weights)))
             }
             // Refused before: `check_baselines`.
-            (BaselineName::B0 | BaselineName::B1, None) | (BaselineName::Reference, Some(_)) => {}
+            (BaselineName::B0 | BaselineName::B1, None, _)
+            | (BaselineName::B2, _, None)
+            | (BaselineName::Reference, Some(_), _) => {}
         }
     }
     sides
