@@ -179,8 +179,11 @@ impl Emitter<'_> {
         );
         line!(self, "    if (x.at.cta >= Mesh::kWorkers) return;");
         line!(self, "    const uint32_t now = epoch + layer + 1;");
-        let changes = begins_layer || phases.iter().any(changes_stream);
-        if changes {
+        let (before_changes, changes) = (
+            before.iter().any(changes_stream),
+            phases.iter().any(changes_stream),
+        );
+        if begins_layer || changes {
             self.declare_stream("    ", step);
         }
         if begins_layer {
@@ -189,26 +192,40 @@ impl Emitter<'_> {
                 self,
                 "      embed<{first}>(x, stream, gamma_of<{first}>(x.params, 0));"
             );
+            line!(self, "      save_stream<{kind}>(x, stream, p);");
             line!(self, "    }} else {{");
             line!(self, "      const uint32_t now = epoch + layer;");
             line!(
                 self,
                 "      const bf16* gamma_after = gamma_of<{first}>(x.params, layer);"
             );
-            if before.iter().any(changes_stream) {
-                line!(self, "      load_stream<{kind}>(x, stream, p);");
-            }
-            self.phases("      ", step, before);
+            self.changing("      ", kind, before_changes, |emitter| {
+                emitter.phases("      ", step, before);
+            });
             line!(self, "    }}");
-        } else if changes {
-            line!(self, "    load_stream<{kind}>(x, stream, p);");
         }
-        self.phases("    ", step, phases);
-        if changes {
-            line!(self, "    save_stream<{kind}>(x, stream, p);");
-        }
+        self.changing("    ", kind, changes, |emitter| {
+            emitter.phases("    ", step, phases);
+        });
         line!(self, "  }}");
         line!(self, "}};");
+    }
+
+    /// What `inside` writes, between loading and saving the stream if it changes it.
+    fn changing(
+        &mut self,
+        indent: &str,
+        kind: &str,
+        changes: bool,
+        inside: impl FnOnce(&mut Self),
+    ) {
+        if changes {
+            line!(self, "{indent}load_stream<{kind}>(x, stream, p);");
+        }
+        inside(self);
+        if changes {
+            line!(self, "{indent}save_stream<{kind}>(x, stream, p);");
+        }
     }
 
     /// What prepares the head's input, and the head.
