@@ -13,21 +13,11 @@ use crate::sides::bandwidth;
 /// Who knows the device's state.
 pub(super) fn probe(gpu: Option<&Gpu>) -> Box<dyn Probe> {
     match gpu {
-        // CUDA's first visible GPU need not be the driver's first.
-        Some(_) => Box::new(NvidiaSmi {
-            id: first_visible(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()),
+        Some(gpu) => Box::new(NvidiaSmi {
+            id: gpu.properties().pci_bus_id.clone(),
         }),
         None => Box::new(NoGpu),
     }
-}
-
-/// Index or UUID of the GPU that CUDA calls its first.
-fn first_visible(variable: Option<&str>) -> String {
-    let first = variable
-        .and_then(|list| list.split(',').next())
-        .map(str::trim)
-        .filter(|first| !first.is_empty());
-    first.unwrap_or("0").to_owned()
 }
 
 /// The machine, with its bandwidth measured where it is a GPU.
@@ -120,17 +110,4 @@ fn notes(kind: DeviceKind, fallback: Option<String>) -> Vec<String> {
             .to_owned(),
     );
     notes
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_first_visible_gpu_is_asked() {
-        assert_eq!(first_visible(None), "0");
-        assert_eq!(first_visible(Some("")), "0");
-        assert_eq!(first_visible(Some("3,1")), "3");
-        assert_eq!(first_visible(Some("GPU-abc")), "GPU-abc");
-    }
 }
