@@ -2,6 +2,7 @@
 
 use mirage_runtime::gpu::Gpu;
 
+use super::distinct;
 use crate::cli::Args;
 use crate::device::{self, NoGpu, NvidiaSmi, Probe};
 use crate::model::Model;
@@ -49,6 +50,7 @@ pub(super) fn header(
         generator: format!("mirage-bench {}", env!("CARGO_PKG_VERSION")),
         generated: String::new(),
         complete: false,
+        ended_early: None,
         notes: notes(device.kind, fallback),
         device,
         model: model.facts.clone(),
@@ -58,16 +60,8 @@ pub(super) fn header(
             top_p: args.top_p,
             num_warmup: args.num_warmup as usize,
             num_iterations: args.num_iterations as usize,
-            batch_sizes: args
-                .batch_sizes
-                .iter()
-                .map(|&batch| batch as usize)
-                .collect(),
-            context_depths: args
-                .context_depth
-                .iter()
-                .map(|&depth| depth as usize)
-                .collect(),
+            batch_sizes: distinct(&args.batch_sizes),
+            context_depths: distinct(&args.context_depth),
             seed: args.seed,
             ignore_eos: args.ignore_eos,
         },
