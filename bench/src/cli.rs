@@ -27,7 +27,9 @@ Exit codes:
   2    the command line is at fault
   3    the sides do not compute the same thing: no speedup is given
   4    --compare: mirage is slower than before
-  130  interrupted; the outputs hold what was measured until then";
+  5    nothing was measured: at every batch size there was no room, or the sides did unequal work
+  6    --compare: the two runs have no work in common that could be compared
+  130  interrupted; the outputs hold what was measured until then, if anything was";
 
 /// Compares mirage's megakernel with per-op baselines on the same prompts, weights and token ids.
 #[derive(Clone, Debug, Parser)]

@@ -32,9 +32,11 @@ pub fn iteration(
             prompt_tokens: sequence.prompt.len(),
             tokens: tokens.len(),
             ttft_ms: times.first * MS,
-            tpot_ms: (tokens.len() > 1)
-                .then(|| (times.last - times.first) * MS / (tokens.len() - 1) as f64),
-            latency_ms: times.last * MS,
+            tpot_ms: times
+                .last
+                .filter(|_| tokens.len() > 1)
+                .map(|last| (last - times.first) * MS / (tokens.len() - 1) as f64),
+            latency_ms: times.last.map(|last| last * MS),
         })
         .collect();
     let row = Iteration {
@@ -53,6 +55,27 @@ pub fn iteration(
         .flat_map(|times| times.gaps.iter().map(|gap| gap * MS))
         .collect();
     (row, gaps)
+}
+
+/// Leaves out, on all sides, the times of sequences that one of them has no time for; `series` holds each side's
+/// iterations, of equal work in equal places. Else one side's mean would be of other texts than the next one's.
+pub fn keep_common_times(series: &mut [Vec<Iteration>]) {
+    let places = series.iter().map(Vec::len).min().unwrap_or(0);
+    for place in 0..places {
+        let sequences = series.iter().map(|side| side[place].sequences.len());
+        for sequence in 0..sequences.min().unwrap_or(0) {
+            let rows = || series.iter().map(|side| &side[place].sequences[sequence]);
+            let (latency, tpot) = (
+                rows().all(|row| row.latency_ms.is_some()),
+                rows().all(|row| row.tpot_ms.is_some()),
+            );
+            for side in &mut *series {
+                let row = &mut side[place].sequences[sequence];
+                row.latency_ms = row.latency_ms.filter(|_| latency);
+                row.tpot_ms = row.tpot_ms.filter(|_| tpot);
+            }
+        }
+    }
 }
 
 /// What a roofline is made of.
@@ -158,13 +181,16 @@ fn categories(iterations: &[Iteration], category_of: &dyn Fn(&str) -> String) ->
         let mean_of = |of: &dyn Fn(&SequenceRow) -> f64| {
             mean(&rows.iter().map(|row| of(row)).collect::<Vec<_>>())
         };
-        let tpot: Vec<f64> = rows.iter().filter_map(|row| row.tpot_ms).collect();
+        let mean_of_known = |of: &dyn Fn(&SequenceRow) -> Option<f64>| {
+            let known: Vec<f64> = rows.iter().filter_map(|row| of(row)).collect();
+            (!known.is_empty()).then(|| mean(&known))
+        };
         CategoryRow {
             sequences: rows.len(),
             mean_prompt_tokens: mean_of(&|row| row.prompt_tokens as f64),
             ttft_ms: mean_of(&|row| row.ttft_ms),
-            tpot_ms: (!tpot.is_empty()).then(|| mean(&tpot)),
-            latency_ms: mean_of(&|row| row.latency_ms),
+            tpot_ms: mean_of_known(&|row| row.tpot_ms),
+            latency_ms: mean_of_known(&|row| row.latency_ms),
             category,
         }
     };

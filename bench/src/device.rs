@@ -47,7 +47,7 @@ impl Probe for NoGpu {
 
 /// Asks `nvidia-smi` about one GPU.
 pub struct NvidiaSmi {
-    /// Its index or UUID.
+    /// Its PCI bus id: CUDA numbers GPUs in another order than the driver does.
     pub id: String,
 }
 

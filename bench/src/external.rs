@@ -1,7 +1,9 @@
 //! `--external`: another engine's measured numbers in the same report.
 //!
-//! Owns the format of such a file and what becomes of it. The numbers are quoted, never checked: no correctness gate, no
-//! interleaving, so they are marked as external wherever they appear. `bench/external/vllm.py` writes such a file.
+//! Owns the format of such a file and what becomes of it. The numbers are quoted, never checked: no correctness gate,
+//! no interleaving, so they are marked as external wherever they appear and never are the headline. A speedup against
+//! them is given only where no gate failed and no speedup is withheld, and where both made equally many tokens on the
+//! mean. `bench/external/vllm.py` writes such a file.
 //!
 //! ```json
 //! {
@@ -19,8 +21,10 @@
 use serde::Deserialize;
 
 use crate::derive;
-use crate::results::{Iteration, Results, Role, Setup, SideFacts, SidePoint, Speedup, SummaryRow};
-use crate::stats::{Estimate, Summary, geometric_mean, ratio_of_means};
+use crate::results::{
+    Iteration, OnlyQuoted, Point, Results, Role, Setup, SideFacts, SidePoint, Speedup, SummaryRow,
+};
+use crate::stats::{Estimate, Summary, geometric_mean, mean, ratio_of_means};
 
 /// The version of the format.
 const VERSION: u32 = 1;
@@ -139,8 +143,14 @@ impl External {
                 .as_deref()
                 .and_then(|mirage| point.side(mirage))
                 .cloned();
-            if let Some(speedup) = ours.and_then(|ours| unpaired(&ours, &numbers)) {
-                point.speedups.push(speedup);
+            if let Some(ours) = ours {
+                match only_quoted(point, &ours, &numbers) {
+                    Some(reason) => point.only_quoted.push(OnlyQuoted {
+                        side: key.clone(),
+                        reason,
+                    }),
+                    None => point.speedups.extend(unpaired(&ours, &numbers)),
+                }
             }
             point.sides.push(numbers);
         }
@@ -175,6 +185,29 @@ impl ExternalPoint {
         numbers.ttft_ms = Summary::of(&first);
         Some(numbers)
     }
+}
+
+/// Why mirage is not compared with these numbers; none where it may be.
+fn only_quoted(point: &Point, ours: &SidePoint, theirs: &SidePoint) -> Option<String> {
+    if let Some(reason) = &point.withheld {
+        return Some(reason.clone());
+    }
+    let tokens = |side: &SidePoint| {
+        let tokens: Vec<f64> = side
+            .iterations
+            .iter()
+            .map(|row| row.tokens as f64)
+            .collect();
+        mean(&tokens)
+    };
+    let (our, their) = (tokens(ours), tokens(theirs));
+    // Means of whole numbers: what differs at all differs by more than rounding does.
+    ((our - their).abs() > 1e-9 * our).then(|| {
+        format!(
+            "it made {their:.1} tokens an iteration, mirage {our:.1}; measure both with equal --max-tokens and end-of-text \
+             tokens ignored"
+        )
+    })
 }
 
 /// Mirage against numbers that were measured apart.
@@ -221,4 +254,47 @@ fn summary(results: &Results, key: &str) -> Option<SummaryRow> {
         throughput: mean(&|speedup| speedup.throughput.value)?,
         device: None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::tests::results;
+
+    fn add(tokens: usize, change: impl Fn(&mut Point)) -> Point {
+        let mut results = results();
+        change(&mut results.points[0]);
+        let file = format!(
+            r#"{{"format": "mirage-external", "version": 1, "engine": "E", "device": "Made-up GPU", "points":
+                [{{"batch": 1, "iterations": [{{"latency_ms": 40.0, "tokens": {tokens}}}]}}]}}"#
+        );
+        read(&file, "e.json")
+            .expect("the format")
+            .add_to(&mut results);
+        results.points.swap_remove(0)
+    }
+
+    fn check(point: &Point, reason: Option<&str>) {
+        assert!(point.side("external2").is_some(), "its numbers are quoted");
+        assert_eq!(point.speedup("external2").is_some(), reason.is_none());
+        let quoted = point.only_quoted.iter().find(|q| q.side == "external2");
+        match (quoted, reason) {
+            (None, None) => {}
+            (Some(quoted), Some(reason)) => {
+                assert!(quoted.reason.starts_with(reason), "{}", quoted.reason)
+            }
+            (quoted, reason) => panic!("{quoted:?} in place of {reason:?}"),
+        }
+    }
+
+    #[test]
+    fn a_speedup_needs_equal_work_and_agreeing_sides() {
+        check(&add(11, |_| {}), None);
+        check(
+            &add(7, |_| {}),
+            Some("it made 7.0 tokens an iteration, mirage 11.0"),
+        );
+        let withheld = |point: &mut Point| point.withheld = Some("they do not agree".to_owned());
+        check(&add(11, withheld), Some("they do not agree"));
+    }
 }

@@ -20,7 +20,7 @@ use crate::workload::Encoded;
 pub const ERROR_BOUND: f64 = 0.05;
 /// Bound on the relative error of one row.
 pub const ROW_BOUND: f64 = 0.15;
-/// Longest prompt that the gate takes: logits of every position are held in memory.
+/// Longest prompt that the gate takes, a longer one is cut: logits of every position are held in memory.
 pub const LONGEST_PROMPT: usize = 64;
 /// Greedy tokens of each prompt.
 pub const NEW_TOKENS: usize = 16;
@@ -39,13 +39,14 @@ pub struct Checked {
 /// A side's own, or Ctrl-C.
 pub fn check(
     sides: &mut [Box<dyn Side + '_>],
-    prompts: &[&Encoded],
+    prompts: &[Encoded],
     shape: Shape,
     interrupt: &Interrupt,
 ) -> Result<Checked, SideError> {
     let Some((tested, others)) = sides.split_first_mut() else {
         return Ok(Checked {
             gate: Gate {
+                tested: String::new(),
                 passed: true,
                 comparisons: Vec::new(),
             },
@@ -54,7 +55,6 @@ pub fn check(
     };
     let fitting: Vec<&Encoded> = prompts
         .iter()
-        .copied()
         .filter(|prompt| prompt.tokens.len() + NEW_TOKENS <= shape.context)
         .collect();
     let tokens = greedy(tested.as_mut(), &fitting, shape, interrupt)?;
@@ -80,6 +80,7 @@ pub fn check(
     let passed = comparisons.iter().all(|comparison| comparison.passed);
     Ok(Checked {
         gate: Gate {
+            tested: tested.facts().key,
             passed,
             comparisons,
         },

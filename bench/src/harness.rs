@@ -53,10 +53,13 @@ pub struct Measured {
     pub points: Vec<Point>,
     /// Whether all were measured in full.
     pub complete: bool,
-    /// Id of a prompt and the first side's greedy tokens for it.
+    /// Id of a prompt and the first side's greedy tokens for it. The id is no prompt's where only its beginning was
+    /// taken.
     pub sample: Option<(String, Vec<u32>)>,
     /// What ended the run early, if anything did.
     pub failure: Option<RunError>,
+    /// What went wrong without ending it, in sentences.
+    pub notes: Vec<String>,
 }
 
 /// The side that failed, and why.
@@ -83,9 +86,42 @@ pub struct Harness<'a> {
     pub interrupt: Interrupt,
 }
 
+/// What ends a point before its time.
+enum Stop {
+    /// Ctrl-C ends the run.
+    Interrupted,
+    /// There is no room, for this reason; the run goes on with the next point.
+    Refused(String),
+    /// A side's failure ends the run.
+    Failed(RunError),
+}
+
+impl Stop {
+    /// By what `who` said.
+    fn of(who: &str, error: SideError) -> Stop {
+        match error {
+            SideError::Interrupted => Stop::Interrupted,
+            SideError::NoRoom(reason) => {
+                Stop::Refused(format!("{who}: {reason}; {NO_ROOM_ADVICE}"))
+            }
+            SideError::Failed(cause) => Stop::Failed(RunError {
+                side: who.to_owned(),
+                cause,
+            }),
+        }
+    }
+}
+
+/// What the sides took in the counted iterations of a point: one entry for each side.
+struct Taken {
+    series: Vec<Vec<Iteration>>,
+    /// Times between tokens.
+    gaps: Vec<Vec<f64>>,
+}
+
 impl Harness<'_> {
     /// Measures all points on all sides; the first side is the one that the others are compared with. Too little memory
-    /// and Ctrl-C are no failures.
+    /// and Ctrl-C are no failures. A point that ended early is there with what was measured of it, if anything was.
     pub fn run(&self, sides: &mut [Box<dyn Side + '_>], observer: &mut dyn Observer) -> Measured {
         let mut measured = Measured {
             complete: true,
@@ -98,16 +134,37 @@ impl Harness<'_> {
                     measured.complete = false;
                     break 'all;
                 }
-                match self.point(batch, depth, from, sides, observer, &mut measured) {
-                    Ok(point) => {
-                        observer.point_done(&point);
-                        measured.points.push(point);
+                let mut point = Point {
+                    batch,
+                    context_depth: depth,
+                    refused: None,
+                    gate: None,
+                    sides: Vec::new(),
+                    speedups: Vec::new(),
+                    withheld: None,
+                    only_quoted: Vec::new(),
+                };
+                let end = self.point(&mut point, from, sides, observer, &mut measured);
+                let whole = match end {
+                    Ok(()) => true,
+                    Err(Stop::Refused(reason)) => {
+                        point.refused = Some(reason);
+                        true
                     }
-                    Err(failure) => {
-                        measured.complete = false;
+                    Err(Stop::Interrupted) => false,
+                    Err(Stop::Failed(failure)) => {
                         measured.failure = Some(failure);
-                        break 'all;
+                        false
                     }
+                };
+                let disagrees = point.gate.as_ref().is_some_and(|gate| !gate.passed);
+                if whole || disagrees || !point.sides.is_empty() {
+                    observer.point_done(&point);
+                    measured.points.push(point);
+                }
+                if !whole {
+                    measured.complete = false;
+                    break 'all;
                 }
                 from += batch * (self.schedule.warmup + self.schedule.iterations);
                 for side in &mut *sides {
@@ -118,27 +175,18 @@ impl Harness<'_> {
         measured
     }
 
+    /// Fills in a point. Where it stops early, what it had until then is there.
     fn point(
         &self,
-        batch: usize,
-        depth: Option<usize>,
+        point: &mut Point,
         from: usize,
         sides: &mut [Box<dyn Side + '_>],
         observer: &mut dyn Observer,
         measured: &mut Measured,
-    ) -> Result<Point, RunError> {
-        let schedule = self.schedule;
+    ) -> Result<(), Stop> {
+        let (schedule, batch, depth) = (self.schedule, point.batch, point.context_depth);
         let runs = (schedule.warmup + schedule.iterations) * sides.len();
         observer.point(batch, depth, runs);
-        let mut point = Point {
-            batch,
-            context_depth: depth,
-            refused: None,
-            gate: None,
-            sides: Vec::new(),
-            speedups: Vec::new(),
-            withheld: None,
-        };
         let longest = depth.unwrap_or_else(|| self.workload.longest());
         let gate_needs = gate::LONGEST_PROMPT.min(self.workload.longest()) + gate::NEW_TOKENS;
         let context = (longest + schedule.answer.max_tokens)
@@ -147,102 +195,39 @@ impl Harness<'_> {
         let shape = Shape { batch, context };
         let mut setups = Vec::new();
         for side in &mut *sides {
-            observer.stage(&format!("preparing {}", side.facts().label));
-            match side.prepare(shape) {
-                Ok(setup) => setups.push(setup),
-                Err(SideError::NoRoom(reason)) => {
-                    point.refused = Some(format!(
-                        "{}: {reason}; {NO_ROOM_ADVICE}",
-                        side.facts().label
-                    ));
-                    return Ok(point);
-                }
-                Err(SideError::Interrupted) => {
-                    measured.complete = false;
-                    return Ok(point);
-                }
-                Err(SideError::Failed(cause)) => return Err(failed(side.as_ref(), cause)),
-            }
+            let label = side.facts().label;
+            observer.stage(&format!("preparing {label}"));
+            setups.push(
+                side.prepare(shape)
+                    .map_err(|error| Stop::of(&label, error))?,
+            );
         }
 
         observer.stage("checking that the sides agree");
-        let gate_prompts = self.workload.gate_prompts(gate::LONGEST_PROMPT);
-        match gate::check(sides, &gate_prompts, shape, &self.interrupt) {
-            Ok(checked) => {
-                if measured.sample.is_none() {
-                    let first = gate_prompts.first().map(|prompt| prompt.id.clone());
-                    measured.sample = first.zip(checked.tokens.into_iter().next());
-                }
-                if sides.len() > 1 {
-                    point.gate = Some(checked.gate);
-                }
-            }
-            Err(SideError::Interrupted) => {
-                measured.complete = false;
-                return Ok(point);
-            }
-            Err(SideError::NoRoom(reason)) => {
-                point.refused = Some(format!("the correctness check: {reason}; {NO_ROOM_ADVICE}"));
-                return Ok(point);
-            }
-            Err(SideError::Failed(cause)) => {
-                return Err(RunError {
-                    side: "the correctness check".to_owned(),
-                    cause,
-                });
-            }
+        let longest = context
+            .saturating_sub(gate::NEW_TOKENS)
+            .clamp(1, gate::LONGEST_PROMPT);
+        let gate_prompts = self.workload.gate_prompts(longest);
+        let checked = gate::check(sides, &gate_prompts, shape, &self.interrupt)
+            .map_err(|error| Stop::of("the correctness check", error))?;
+        if measured.sample.is_none() {
+            let first = gate_prompts.first().map(|prompt| prompt.id.clone());
+            measured.sample = first.zip(checked.tokens.into_iter().next());
+        }
+        if sides.len() > 1 {
+            point.gate = Some(checked.gate);
         }
 
-        let mut series: Vec<Vec<Iteration>> = vec![Vec::new(); sides.len()];
-        let mut gaps: Vec<Vec<f64>> = vec![Vec::new(); sides.len()];
         observer.stage("measuring");
-        'iterations: for index in 0..schedule.warmup + schedule.iterations {
-            let work = self
-                .workload
-                .batch(from + index * batch, batch, depth, &schedule.answer);
-            let counted = index.checked_sub(schedule.warmup);
-            let mut done = Vec::new();
-            for turn in 0..sides.len() {
-                // Forth and back.
-                let at = if index % 2 == 0 {
-                    turn
-                } else {
-                    sides.len() - 1 - turn
-                };
-                if self.interrupt.is_set() {
-                    measured.complete = false;
-                    break 'iterations;
-                }
-                let side = &mut sides[at];
-                match side.generate(&work.work, &self.interrupt) {
-                    Ok(generation) => {
-                        let (row, gaps) =
-                            derive::iteration(counted.unwrap_or(index), turn, &work, &generation);
-                        observer.run(&side.facts(), counted.is_some(), &row);
-                        done.push((at, row, gaps));
-                    }
-                    Err(SideError::Interrupted) => {
-                        measured.complete = false;
-                        break 'iterations;
-                    }
-                    Err(SideError::NoRoom(reason)) => {
-                        point.refused = Some(format!(
-                            "{}: {reason}; {NO_ROOM_ADVICE}",
-                            side.facts().label
-                        ));
-                        return Ok(point);
-                    }
-                    Err(SideError::Failed(cause)) => return Err(failed(side.as_ref(), cause)),
-                }
-            }
-            // Only iterations that all sides finished are kept, so that a partial result is still a fair one.
-            if counted.is_some() {
-                for (at, row, more) in done {
-                    series[at].push(row);
-                    gaps[at].extend(more);
-                }
-            }
+        let mut taken = Taken {
+            series: vec![Vec::new(); sides.len()],
+            gaps: vec![Vec::new(); sides.len()],
+        };
+        let end = self.iterations(point, from, sides, observer, &mut taken);
+        if let Err(Stop::Refused(_)) = end {
+            return end;
         }
+        derive::keep_common_times(&mut taken.series);
 
         let ceiling = self.bandwidth_gb_s.map(|bandwidth_gb_s| Ceiling {
             model: self.model,
@@ -257,7 +242,7 @@ impl Harness<'_> {
         for ((side, setup), (rows, gaps)) in sides
             .iter_mut()
             .zip(setups)
-            .zip(series.into_iter().zip(gaps))
+            .zip(taken.series.into_iter().zip(taken.gaps))
         {
             let facts = side.facts();
             let Some(mut numbers) =
@@ -265,21 +250,70 @@ impl Harness<'_> {
             else {
                 continue;
             };
-            numbers.matrix_products = match side.matrix_products() {
-                Ok(products) => products,
-                Err(error) => return Err(failed(side.as_ref(), anyhow::Error::new(error))),
-            };
+            // After a failure nothing more is asked of the sides.
+            if end.is_ok() {
+                match side.matrix_products() {
+                    Ok(products) => numbers.matrix_products = products,
+                    Err(error) => measured.notes.push(format!(
+                        "The matrix products of {} at batch {batch} were not measured: {error}.",
+                        facts.label
+                    )),
+                }
+            }
             point.sides.push(numbers);
         }
-        compare(&mut point, sides);
-        Ok(point)
+        compare(point, sides);
+        end
     }
-}
 
-fn failed(side: &dyn Side, cause: anyhow::Error) -> RunError {
-    RunError {
-        side: side.facts().label,
-        cause,
+    /// Warms up and measures. Only iterations that all sides finished are kept, so that a partial result is still a
+    /// fair one.
+    fn iterations(
+        &self,
+        point: &Point,
+        from: usize,
+        sides: &mut [Box<dyn Side + '_>],
+        observer: &mut dyn Observer,
+        taken: &mut Taken,
+    ) -> Result<(), Stop> {
+        let (schedule, batch) = (self.schedule, point.batch);
+        for index in 0..schedule.warmup + schedule.iterations {
+            let work = self.workload.batch(
+                from + index * batch,
+                batch,
+                point.context_depth,
+                &schedule.answer,
+            );
+            let counted = index.checked_sub(schedule.warmup);
+            let mut done = Vec::new();
+            for turn in 0..sides.len() {
+                // Forth and back.
+                let at = if index % 2 == 0 {
+                    turn
+                } else {
+                    sides.len() - 1 - turn
+                };
+                if self.interrupt.is_set() {
+                    return Err(Stop::Interrupted);
+                }
+                let side = &mut sides[at];
+                let facts = side.facts();
+                let generation = side
+                    .generate(&work.work, &self.interrupt)
+                    .map_err(|error| Stop::of(&facts.label, error))?;
+                let (row, gaps) =
+                    derive::iteration(counted.unwrap_or(index), turn, &work, &generation);
+                observer.run(&facts, counted.is_some(), &row);
+                done.push((at, row, gaps));
+            }
+            if counted.is_some() {
+                for (at, row, more) in done {
+                    taken.series[at].push(row);
+                    taken.gaps[at].extend(more);
+                }
+            }
+        }
+        Ok(())
     }
 }
 

@@ -168,11 +168,10 @@ fn find(name: &str, caches: &[PathBuf]) -> Result<PathBuf> {
             "--model {name}: there is no such folder; give a checkpoint's folder, or an id such as Qwen/Qwen3-0.6B"
         );
     };
-    if let Some(found) = caches
-        .iter()
-        .find_map(|cache| snapshot(&cache.join(&repository)))
-    {
-        return Ok(found);
+    for cache in caches {
+        if let Some(found) = snapshot(name, &cache.join(&repository))? {
+            return Ok(found);
+        }
     }
     let searched: Vec<_> = caches
         .iter()
@@ -212,22 +211,41 @@ fn hub_caches(variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
     explicit.or(home).or(xdg).or(user).into_iter().collect()
 }
 
-/// The newest downloaded version of a cached repository: what `refs/main` names, else the only one.
-fn snapshot(repository: &Path) -> Option<PathBuf> {
+/// The downloaded version of the cached repository of a model: the one that `refs/main` names, else the only one. A
+/// version without a config.json is none.
+///
+/// # Errors
+/// Several versions, none of which `refs/main` names.
+fn snapshot(name: &str, repository: &Path) -> Result<Option<PathBuf>> {
     let snapshots = repository.join("snapshots");
     let main = std::fs::read_to_string(repository.join("refs/main")).ok();
-    let named = main.map(|hash| snapshots.join(hash.trim()));
+    let complete = |dir: &PathBuf| dir.join("config.json").is_file();
+    let named = main
+        .map(|hash| snapshots.join(hash.trim()))
+        .filter(complete);
+    if named.is_some() {
+        return Ok(named);
+    }
     let mut all: Vec<PathBuf> = std::fs::read_dir(&snapshots)
         .into_iter()
         .flatten()
         .flatten()
         .map(|entry| entry.path())
+        .filter(complete)
         .collect();
     all.sort();
-    named
-        .into_iter()
-        .chain(all)
-        .find(|dir| dir.join("config.json").is_file())
+    if all.len() > 1 {
+        let listed: Vec<_> = all
+            .iter()
+            .map(|dir| format!("  {}", dir.display()))
+            .collect();
+        bail!(
+            "--model {name}: the Hugging Face cache has several versions, and {} names none of them; give the folder of one:\n{}",
+            repository.join("refs/main").display(),
+            listed.join("\n")
+        );
+    }
+    Ok(all.pop())
 }
 
 /// A checkpoint as the plain reference reads it.
@@ -294,11 +312,23 @@ mod tests {
                 std::fs::write(snapshot.join("config.json"), "{}").expect("a file");
             }
         }
-        let found = || find("Qwen/Qwen3-0.6B", &[cache.path().to_path_buf()]).expect("it is there");
-        assert!(found().ends_with("aa"));
+        let caches = [cache.path().to_path_buf()];
+        let found = || find("Qwen/Qwen3-0.6B", &caches).expect("it is there");
+        check_error(
+            "Qwen/Qwen3-0.6B",
+            &caches,
+            &["several versions", "snapshots/aa", "snapshots/bb"],
+        );
         std::fs::create_dir_all(repository.join("refs")).expect("a folder");
-        std::fs::write(repository.join("refs/main"), "bb\n").expect("a file");
+        let main = |hash: &str| {
+            std::fs::write(repository.join("refs/main"), hash).expect("a file");
+        };
+        main("bb\n");
         assert!(found().ends_with("bb"));
+        main("cc\n");
+        check_error("Qwen/Qwen3-0.6B", &caches, &["several versions"]);
+        std::fs::remove_dir_all(repository.join("snapshots/bb")).expect("removed");
+        assert!(found().ends_with("aa"));
     }
 
     #[test]

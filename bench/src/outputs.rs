@@ -7,14 +7,31 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
-/// Checks that all files can be written, without changing them.
+/// Checks that all files can be written, without changing them, and that none would be written over: by another output,
+/// or one of `read`, which the run reads. Each path comes with its flag.
 ///
 /// # Errors
-/// The first that cannot.
-pub fn check(files: &[&Path]) -> Result<()> {
-    for file in files {
+/// The first that cannot be written or is there twice.
+pub fn check(files: &[(&str, &Path)], read: &[(&str, &Path)]) -> Result<()> {
+    for (place, (flag, file)) in files.iter().enumerate() {
+        // What is no plain file (/dev/null) may take any number of texts.
+        if file.exists() && !file.is_file() {
+            continue;
+        }
+        let twice = files[..place].iter().chain(read);
+        if let Some((other, _)) = twice
+            .into_iter()
+            .find(|(_, other)| identity(other) == identity(file))
+        {
+            bail!(
+                "{flag} {}: {other} names the same file, and it would be overwritten; give {flag} another path",
+                file.display()
+            );
+        }
+    }
+    for (_, file) in files {
         probe(file).with_context(|| {
             format!(
                 "{} cannot be written; choose another path or mend its folder",
@@ -23,6 +40,19 @@ pub fn check(files: &[&Path]) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// The path without links and dots, as far as it exists.
+fn identity(file: &Path) -> PathBuf {
+    let whole = fs::canonicalize(file);
+    whole.unwrap_or_else(|_| {
+        let folder = match file.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            Some(_) | None => Path::new("."),
+        };
+        let folder = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_path_buf());
+        folder.join(file.file_name().unwrap_or_default())
+    })
 }
 
 fn probe(file: &Path) -> io::Result<()> {
@@ -65,12 +95,31 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let (old, new) = (dir.path().join("old"), dir.path().join("new"));
         fs::write(&old, "kept").expect("a file");
-        check(&[&old, &new]).expect("both can be written");
+        check(&[("--a", &old), ("--b", &new)], &[]).expect("both can be written");
         assert_eq!(fs::read_to_string(&old).expect("a file"), "kept");
         assert!(!new.exists());
-        let error = check(&[&dir.path().join("none/file")]).expect_err("no such folder");
+        let missing = dir.path().join("none/file");
+        let error = check(&[("--a", &missing)], &[]).expect_err("no such folder");
         assert!(error.to_string().contains("cannot be written"), "{error}");
-        check(&[dir.path()]).expect_err("a folder is no file");
+        check(&[("--a", dir.path())], &[]).expect_err("a folder is no file");
+    }
+
+    #[test]
+    fn no_file_is_written_over() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let (old, new) = (dir.path().join("old"), dir.path().join("new"));
+        let same = dir.path().join(".").join("new");
+        fs::write(&old, "kept").expect("a file");
+        let check_error = |files: &[(&str, &Path)], read: &[(&str, &Path)], words: &str| {
+            let error = check(files, read).expect_err("twice the same").to_string();
+            assert!(error.contains(words), "`{words}` is not in: {error}");
+        };
+        check_error(&[("--a", &new), ("--b", &same)], &[], "--a names the same");
+        check_error(&[("--a", &old)], &[("--c", &old)], "--c names the same");
+        let null = Path::new("/dev/null");
+        if null.exists() {
+            check(&[("--a", null), ("--b", null)], &[]).expect("it takes everything");
+        }
     }
 
     #[test]

@@ -116,6 +116,17 @@ pub fn parse(bytes: &[u8], file: &str) -> Result<Vec<Prompt>, PromptError> {
     Ok(prompts)
 }
 
+/// BLAKE3 of ids and texts, in hexadecimal: equal hashes are equal prompts in equal order.
+pub fn hash(prompts: &[Prompt]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for text in prompts.iter().flat_map(|prompt| [&prompt.id, &prompt.text]) {
+        // With its length, so that no two lists run together to one.
+        hasher.update(&(text.len() as u64).to_le_bytes());
+        hasher.update(text.as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
 /// The order in which prompts are used: categories in turn, each in an order of its own, so that any stretch of the list
 /// has all categories about equally. The same seed gives the same order. Returns indices of `categories`, each once.
 pub fn order(categories: &[&str], seed: u64) -> Vec<usize> {
@@ -205,6 +216,18 @@ mod tests {
         check_error(b"@\n", "p.txt:1: `@`");
         check_error(b"@two words\n", "p.txt:1: `@two words`");
         check_error(b"ok\nfine\n\xff\n", "p.txt:3: this is not UTF-8");
+    }
+
+    #[test]
+    fn the_hash_is_of_the_prompts_and_not_of_the_file() {
+        let hash_of = |text: &str| hash(&parse(text.as_bytes(), "p.txt").expect("a valid file"));
+        assert_eq!(
+            hash_of("@a\none\ntwo"),
+            hash_of("# head\n@a\n\none\n\"two\"")
+        );
+        for other in ["@a\none", "@a\ntwo\none", "@b\none\ntwo", "@a\nonet\nwo"] {
+            assert_ne!(hash_of("@a\none\ntwo"), hash_of(other), "{other}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::stats::{Estimate, Summary};
 
 /// Version of the format. Raised when a field changes its meaning or goes.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// Everything of one run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -21,8 +21,10 @@ pub struct Results {
     pub generator: String,
     /// When the run ended: local time with its offset, RFC 3339.
     pub generated: String,
-    /// False where the run was interrupted; what was measured until then is there.
+    /// False where the run ended early; what was measured until then is there.
     pub complete: bool,
+    /// Why it ended early: `interrupted`, or which side failed and what it said.
+    pub ended_early: Option<String>,
     /// Where it ran.
     pub device: DeviceFacts,
     /// What was run.
@@ -148,11 +150,13 @@ pub struct Configuration {
 pub struct PromptFacts {
     /// The file.
     pub file: String,
-    /// BLAKE3 of the file.
+    /// The categories chosen; empty for the whole file.
+    pub categories: Vec<String>,
+    /// BLAKE3 of the chosen prompts' ids and texts, in the file's order.
     pub hash: String,
-    /// Prompts in it.
+    /// Prompts of the chosen categories, those left out included.
     pub count: usize,
-    /// Those that were left out, and why.
+    /// Those of them that were left out, and why.
     pub skipped: Vec<Skipped>,
 }
 
@@ -203,25 +207,38 @@ pub struct Point {
     pub gate: Option<Gate>,
     /// What each side took.
     pub sides: Vec<SidePoint>,
-    /// Mirage against every other side.
+    /// Mirage against every other side that it may be compared with.
     pub speedups: Vec<Speedup>,
     /// Why there are no speedups, where the sides were not comparable.
     pub withheld: Option<String>,
+    /// External sides whose numbers are quoted without a speedup.
+    pub only_quoted: Vec<OnlyQuoted>,
+}
+
+/// An external side that mirage is not compared with at a point.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct OnlyQuoted {
+    /// Key of the side.
+    pub side: String,
+    /// Why there is no speedup against it.
+    pub reason: String,
 }
 
 /// Whether a point's sides compute the same thing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Gate {
+    /// Key of the side that the others are compared with: mirage's, or the first baseline's where mirage is left out.
+    pub tested: String,
     /// Whether all comparisons held.
     pub passed: bool,
-    /// Mirage with each baseline.
+    /// The tested side with each of the others.
     pub comparisons: Vec<Agreement>,
 }
 
 /// How far two sides agree.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Agreement {
-    /// The baseline's key.
+    /// The other side's key.
     pub side: String,
     /// Whether it is enough.
     pub passed: bool,
@@ -275,7 +292,8 @@ pub struct SidePoint {
     pub device_ms: Option<Summary>,
     /// Time to first token: from the batch's start to a sequence's first token at the host.
     pub ttft_ms: Option<Summary>,
-    /// Time per output token: last minus first token's time, over the tokens between, by sequence.
+    /// Time per output token: last minus first token's time, over the tokens between, by sequence. Only of sequences
+    /// that every side of the point has a time for.
     pub tpot_ms: Option<Summary>,
     /// Inter-token latency: each time between two successive tokens of a sequence.
     pub itl_ms: Option<Summary>,
@@ -319,10 +337,11 @@ pub struct SequenceRow {
     pub tokens: usize,
     /// Time to first token.
     pub ttft_ms: f64,
-    /// Time per output token; none with less than two tokens.
+    /// Time per output token; none with less than two tokens, and where `latency_ms` has none.
     pub tpot_ms: Option<f64>,
-    /// When the last token was there.
-    pub latency_ms: f64,
+    /// When the last token was there; none where a side of this point did not see when this sequence ended, and then on
+    /// all sides, so that means are of the same sequences.
+    pub latency_ms: Option<f64>,
 }
 
 /// A decode step against the least that any engine must read.
@@ -351,10 +370,10 @@ pub struct CategoryRow {
     pub mean_prompt_tokens: f64,
     /// Mean time to first token.
     pub ttft_ms: f64,
-    /// Mean time per output token.
+    /// Mean time per output token, of the sequences that have one.
     pub tpot_ms: Option<f64>,
-    /// Mean time to the last token.
-    pub latency_ms: f64,
+    /// Mean time to the last token, of the sequences that have one.
+    pub latency_ms: Option<f64>,
 }
 
 /// Matrix products of one shape.
@@ -417,14 +436,18 @@ impl Results {
         self.sides.iter().find(|side| side.key == key)
     }
 
-    /// The side that the headline is against: the per-op baseline in a CUDA graph, else the plainest baseline there is, else
-    /// an external engine. Never our own fused phases (`b2`) where there is another: they are half of mirage.
+    /// The label of the side of that key.
+    pub fn label<'a>(&'a self, key: &'a str) -> &'a str {
+        self.side(key).map_or(key, |side| &side.label)
+    }
+
+    /// The side that the headline is against: the per-op baseline in a CUDA graph, else the plainest baseline there is.
+    /// Never an external engine: its numbers are quoted, not checked. Never our own fused phases (`b2`) where there is
+    /// another: they are half of mirage.
     pub fn headline(&self) -> Option<&SideFacts> {
         let baseline = |side: &&SideFacts| side.role == Role::Baseline;
         let graph = self.side("b1").filter(baseline);
-        graph
-            .or_else(|| self.sides.iter().find(baseline))
-            .or_else(|| self.sides.iter().find(|side| side.role == Role::External))
+        graph.or_else(|| self.sides.iter().find(baseline))
     }
 }
 

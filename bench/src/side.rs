@@ -76,8 +76,8 @@ pub struct Work {
 pub struct SequenceTimes {
     /// When its first new token was at the host.
     pub first: f64,
-    /// When its last one was.
-    pub last: f64,
+    /// When its last one was; none where the side did not see it.
+    pub last: Option<f64>,
     /// Time between successive tokens, where the side sees each one when it is made; else empty.
     pub gaps: Vec<f64>,
 }

@@ -144,8 +144,9 @@ impl Workload {
     }
 
     /// Prompts for the correctness gate: the longest of every category that has at most `longest` tokens, in the walk's
-    /// order of categories.
-    pub fn gate_prompts(&self, longest: usize) -> Vec<&Encoded> {
+    /// order of categories. Where all are longer: the first `longest` tokens of the shortest one, with an id that says
+    /// so.
+    pub fn gate_prompts(&self, longest: usize) -> Vec<Encoded> {
         let mut chosen: Vec<&Encoded> = Vec::new();
         for prompt in self
             .prompts
@@ -162,7 +163,16 @@ impl Workload {
                 None => chosen.push(prompt),
             }
         }
-        chosen
+        if chosen.is_empty() {
+            let shortest = self.prompts.iter().min_by_key(|prompt| prompt.tokens.len());
+            let cut = |prompt: &Encoded| Encoded {
+                id: format!("{}, its first {longest} tokens", prompt.id),
+                category: prompt.category.clone(),
+                tokens: prompt.tokens.iter().copied().take(longest).collect(),
+            };
+            return shortest.map(cut).into_iter().collect();
+        }
+        chosen.into_iter().cloned().collect()
     }
 }
 
@@ -265,5 +275,14 @@ pub(crate) mod tests {
             .collect();
         found.sort_unstable();
         assert_eq!(found, [3, 5]);
+    }
+
+    #[test]
+    fn the_gate_cuts_the_shortest_prompt_where_all_are_long() {
+        let all = workload(&[("a", "aaaaaa"), ("b", "bbbbb")], 4, 99);
+        let prompts = all.gate_prompts(3);
+        assert_eq!(prompts.len(), 1);
+        assert_eq!(prompts[0].id, "b/1, its first 3 tokens");
+        assert_eq!(prompts[0].tokens, [98; 3]);
     }
 }

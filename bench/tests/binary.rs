@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny")
@@ -221,10 +221,24 @@ fn a_run_is_compared_with_an_older_one() {
     let output = bench.short("--skip-baseline --compare fast.json");
     assert_eq!(output.status.code(), Some(4), "{}", text(&output.stdout));
     assert!(text(&output.stdout).contains("SLOWER"));
-    // Another seed is other work: told, and no regression.
+    // Another seed is other work: told, and neither a regression nor a success.
     let output = bench.short("--skip-baseline --compare fast.json --seed 7");
-    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stdout));
+    assert_eq!(output.status.code(), Some(6), "{}", text(&output.stdout));
     assert!(text(&output.stdout).contains("NOT COMPARABLE, --seed: 0 before, 7 now"));
+    // So are other prompts of the same file.
+    let output = bench.short("--skip-baseline --compare fast.json --categories medium");
+    assert_eq!(output.status.code(), Some(6), "{}", text(&output.stdout));
+    let stdout = text(&output.stdout);
+    assert!(stdout.contains("NOT COMPARABLE, --categories: short before, short medium now"));
+    // A batch size that comes first takes the first prompts.
+    let line =
+        "--max-tokens 2 --num-warmup 0 --num-iterations 2 --batch-sizes 2 1 --categories short";
+    let output = bench
+        .command(&format!("{line} --skip-baseline --compare fast.json"))
+        .output()
+        .expect("the binary starts");
+    assert_eq!(output.status.code(), Some(6), "{}", text(&output.stdout));
+    assert!(text(&output.stdout).contains("NOT COMPARABLE, other prompts"));
 
     fs::write(bench.path("bad.json"), "{}").expect("a file");
     check_refused(
@@ -263,6 +277,23 @@ fn another_engines_numbers_are_quoted() {
     assert_eq!(
         bench.results()["points"][0]["speedups"][0]["against"],
         "external1"
+    );
+    assert!(text(&output.stdout).contains("No baseline was run"));
+    // Of other work there is no speedup, and the report says so.
+    fs::write(
+        bench.path("other.json"),
+        external.replace("\"tokens\": 2", "\"tokens\": 1"),
+    )
+    .expect("a file");
+    let output = bench.short("--skip-baseline --external other.json");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let point = &bench.results()["points"][0];
+    assert_eq!(point["speedups"], Value::Array(Vec::new()));
+    assert_eq!(point["only_quoted"][0]["side"], "external1");
+    assert!(
+        bench
+            .read("benchmark_report.txt")
+            .contains("(external) IS GIVEN: it made 1.0 tokens an iteration, mirage 2.0")
     );
     for (bad, word) in [
         ("{", "not in the format"),
@@ -429,6 +460,47 @@ fn outputs_that_cannot_be_written_are_found_out_first() {
 }
 
 #[test]
+fn no_output_overwrites_another_file_of_the_run() {
+    let bench = Bench::new();
+    fs::write(bench.path("old.json"), "kept").expect("a file");
+    for (line, words) in [
+        (
+            "--output-json a --output-html ./a",
+            ["--output-html ./a", "--output-json names the same file"],
+        ),
+        (
+            "--output-json old.json --compare old.json",
+            ["--output-json old.json", "--compare names the same file"],
+        ),
+        (
+            "--output-html old.json --external old.json",
+            ["--output-html old.json", "--external names the same file"],
+        ),
+    ] {
+        check_refused(&bench.short(line), 1, &words);
+    }
+    assert_eq!(bench.read("old.json"), "kept");
+    assert_eq!(bench.files(), 1);
+}
+
+#[test]
+fn a_point_is_measured_once() {
+    let bench = Bench::new();
+    let line =
+        "--skip-baseline --max-tokens 2 --num-warmup 0 --num-iterations 1 --categories short";
+    let output = bench
+        .command(&format!("{line} --batch-sizes 2 1 2 --context-depth 4 3 4"))
+        .output()
+        .expect("the binary starts");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let results = bench.results();
+    assert_eq!(results["configuration"]["batch_sizes"], json!([2, 1]));
+    assert_eq!(results["configuration"]["context_depths"], json!([4, 3]));
+    assert_eq!(results["points"].as_array().map(Vec::len), Some(4));
+    assert_eq!(results["prompts"]["categories"], json!(["short"]));
+}
+
+#[test]
 #[cfg(unix)]
 fn ctrl_c_leaves_a_valid_partial_report() {
     use std::io::{BufRead as _, BufReader};
@@ -471,9 +543,39 @@ fn ctrl_c_leaves_a_valid_partial_report() {
         "{counts:?}"
     );
     assert!(bench.read("benchmark_report.txt").contains("PARTIAL"));
-    assert!(
-        text(&output.stdout).contains("partial results")
-            || text(&output.stdout).contains("interrupted")
-    );
+    assert_eq!(results["ended_early"], "interrupted");
+    assert!(text(&output.stdout).contains("partial results: interrupted"));
     check_page(&bench.read("benchmark_report.html"));
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_before_anything_was_measured_leaves_older_reports() {
+    use std::io::{BufRead as _, BufReader};
+
+    let bench = Bench::new();
+    fs::write(bench.path("benchmark_results.json"), "older").expect("a file");
+    let mut child = bench
+        .command("--max-tokens 4 --num-warmup 100000 --batch-sizes 1 --categories short --verbose")
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let mut lines = BufReader::new(child.stderr.take().expect("stderr"))
+        .lines()
+        .map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("preparing")), "it begins");
+    let pid = child.id().to_string();
+    let killed = Command::new("kill").args(["-INT", &pid]).status();
+    assert!(killed.expect("kill").success());
+    let rest: Vec<String> = lines.collect();
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(130), "{rest:?}");
+    assert!(
+        rest.iter()
+            .any(|line| line.contains("nothing was measured")),
+        "{rest:?}"
+    );
+    assert_eq!(bench.read("benchmark_results.json"), "older");
+    assert_eq!(bench.files(), 1);
 }

@@ -2,6 +2,7 @@
 
 use mirage_runtime::gpu::Gpu;
 
+use super::distinct;
 use crate::cli::Args;
 use crate::device::{self, NoGpu, NvidiaSmi, Probe};
 use crate::model::Model;
@@ -13,21 +14,11 @@ use crate::sides::bandwidth;
 /// Who knows the device's state.
 pub(super) fn probe(gpu: Option<&Gpu>) -> Box<dyn Probe> {
     match gpu {
-        // CUDA's first visible GPU need not be the driver's first.
-        Some(_) => Box::new(NvidiaSmi {
-            id: first_visible(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()),
+        Some(gpu) => Box::new(NvidiaSmi {
+            id: gpu.properties().pci_bus_id.clone(),
         }),
         None => Box::new(NoGpu),
     }
-}
-
-/// Index or UUID of the GPU that CUDA calls its first.
-fn first_visible(variable: Option<&str>) -> String {
-    let first = variable
-        .and_then(|list| list.split(',').next())
-        .map(str::trim)
-        .filter(|first| !first.is_empty());
-    first.unwrap_or("0").to_owned()
 }
 
 /// The machine, with its bandwidth measured where it is a GPU.
@@ -59,6 +50,7 @@ pub(super) fn header(
         generator: format!("mirage-bench {}", env!("CARGO_PKG_VERSION")),
         generated: String::new(),
         complete: false,
+        ended_early: None,
         notes: notes(device.kind, fallback),
         device,
         model: model.facts.clone(),
@@ -68,16 +60,8 @@ pub(super) fn header(
             top_p: args.top_p,
             num_warmup: args.num_warmup as usize,
             num_iterations: args.num_iterations as usize,
-            batch_sizes: args
-                .batch_sizes
-                .iter()
-                .map(|&batch| batch as usize)
-                .collect(),
-            context_depths: args
-                .context_depth
-                .iter()
-                .map(|&depth| depth as usize)
-                .collect(),
+            batch_sizes: distinct(&args.batch_sizes),
+            context_depths: distinct(&args.context_depth),
             seed: args.seed,
             ignore_eos: args.ignore_eos,
         },
@@ -120,17 +104,4 @@ fn notes(kind: DeviceKind, fallback: Option<String>) -> Vec<String> {
             .to_owned(),
     );
     notes
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_first_visible_gpu_is_asked() {
-        assert_eq!(first_visible(None), "0");
-        assert_eq!(first_visible(Some("")), "0");
-        assert_eq!(first_visible(Some("3,1")), "3");
-        assert_eq!(first_visible(Some("GPU-abc")), "GPU-abc");
-    }
 }

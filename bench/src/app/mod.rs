@@ -7,6 +7,7 @@ mod header;
 mod inputs;
 
 use std::io::{self, Write as _};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use mirage_runtime::baseline::LaunchMode;
@@ -41,8 +42,12 @@ pub enum Outcome {
     Done,
     /// The sides do not agree somewhere.
     Disagree,
+    /// No point could be measured, or at none the sides could be compared by time.
+    NothingMeasured,
     /// Slower than the run compared with.
     Regressed,
+    /// The run compared with has none of the same work.
+    NotComparable,
     /// Ctrl-C.
     Interrupted,
 }
@@ -54,6 +59,8 @@ impl Outcome {
             Outcome::Done => 0,
             Outcome::Disagree => 3,
             Outcome::Regressed => 4,
+            Outcome::NothingMeasured => 5,
+            Outcome::NotComparable => 6,
             Outcome::Interrupted => 130,
         }
     }
@@ -65,7 +72,7 @@ impl Outcome {
 /// What is missing or wrong, with the mend. Where a side fails under way, what was measured is written all the same;
 /// where nothing was, older reports stay.
 pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
-    outputs::check(&[&args.output_report, &args.output_json, &args.output_html])?;
+    check_files(args)?;
     let old = args.compare.as_deref().map(read_results).transpose()?;
     let externals = args
         .external
@@ -80,11 +87,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
     let model = Model::open(&args.model, args.graph.as_deref())?;
 
     let max_tokens = args.max_tokens as usize;
-    let depths: Vec<usize> = args
-        .context_depth
-        .iter()
-        .map(|&depth| depth as usize)
-        .collect();
+    let depths = distinct(&args.context_depth);
     for depth in &depths {
         if depth + max_tokens > model.facts.context {
             bail!(
@@ -106,7 +109,8 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
     }
     let schedule = schedule(args, &depths, &model);
     let prompt_facts = PromptFacts {
-        hash: blake3::hash(&bytes).to_hex().to_string(),
+        categories: args.categories.clone(),
+        hash: prompts::hash(&chosen),
         count: chosen.len(),
         skipped: workload.skipped.clone(),
         file,
@@ -138,14 +142,27 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
         complete,
         sample,
         failure,
+        notes,
     } = measured;
-    if points.is_empty()
-        && let Some(failure) = failure
-    {
-        return Err(anyhow::Error::new(failure).context("nothing was measured"));
+    if points.iter().all(|point| point.sides.is_empty()) {
+        if let Some(failure) = failure {
+            return Err(anyhow::Error::new(failure).context("nothing was measured"));
+        }
+        // If stderr is gone there is nobody left to tell.
+        let _ = writeln!(
+            io::stderr(),
+            "{}nothing was measured; older reports are left as they are",
+            refusals(&points)
+        );
+        return Ok(nothing_measured(&points, complete));
     }
     results.points = points;
     results.complete = complete;
+    results.ended_early = (!complete).then(|| {
+        let reason = failure.as_ref().map(|failure| format!("{failure:#}"));
+        reason.unwrap_or_else(|| "interrupted".to_owned())
+    });
+    results.notes.splice(0..0, notes);
     results.sample = sample.and_then(|(id, tokens)| {
         let prompt = all.iter().find(|prompt| prompt.id == id)?;
         Some(Sample {
@@ -175,20 +192,77 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
     Ok(outcome(&results, comparison.as_ref()))
 }
 
+/// The outcome of a run without any number and without a failure.
+fn nothing_measured(points: &[Point], complete: bool) -> Outcome {
+    match complete {
+        true if disagree(points) => Outcome::Disagree,
+        true => Outcome::NothingMeasured,
+        false => Outcome::Interrupted,
+    }
+}
+
+/// Why points have no numbers, a line for each.
+fn refusals(points: &[Point]) -> String {
+    let line = |point: &Point| {
+        let name = format::point_name(point).to_lowercase();
+        let reason = point.refused.as_ref()?;
+        Some(format!("batch {name}: {reason}\n"))
+    };
+    points.iter().filter_map(line).collect()
+}
+
+fn disagree(points: &[Point]) -> bool {
+    let gates = points.iter().filter_map(|point| point.gate.as_ref());
+    gates.into_iter().any(|gate| !gate.passed)
+}
+
 fn outcome(results: &Results, comparison: Option<&Comparison>) -> Outcome {
-    let disagree = results
-        .points
-        .iter()
-        .any(|point| point.gate.as_ref().is_some_and(|gate| !gate.passed));
+    let empty = |point: &Point| point.refused.is_some() || point.withheld.is_some();
     if !results.complete {
         Outcome::Interrupted
-    } else if disagree {
+    } else if disagree(&results.points) {
         Outcome::Disagree
+    } else if results.points.iter().all(empty) {
+        Outcome::NothingMeasured
     } else if comparison.is_some_and(Comparison::regressed) {
         Outcome::Regressed
+    } else if comparison.is_some_and(|comparison| !comparison.decides()) {
+        Outcome::NotComparable
     } else {
         Outcome::Done
     }
+}
+
+/// The outputs can be written, and overwrite nothing that is read or written too.
+fn check_files(args: &Args) -> Result<()> {
+    let mut read: Vec<(&str, &Path)> = vec![("--prompts", &args.prompts)];
+    read.extend(
+        args.compare
+            .iter()
+            .map(|file| ("--compare", file.as_path())),
+    );
+    read.extend(args.graph.iter().map(|file| ("--graph", file.as_path())));
+    let external = args.external.iter();
+    read.extend(external.map(|file| ("--external", file.as_path())));
+    outputs::check(
+        &[
+            ("--output-report", &args.output_report),
+            ("--output-json", &args.output_json),
+            ("--output-html", &args.output_html),
+        ],
+        &read,
+    )
+}
+
+/// Each number once, in the order given: the same point is not measured twice.
+fn distinct(numbers: &[u32]) -> Vec<usize> {
+    let mut found = Vec::new();
+    for number in numbers.iter().map(|&number| number as usize) {
+        if !found.contains(&number) {
+            found.push(number);
+        }
+    }
+    found
 }
 
 fn schedule(args: &Args, depths: &[usize], model: &Model) -> Schedule {
@@ -207,11 +281,7 @@ fn schedule(args: &Args, depths: &[usize], model: &Model) -> Schedule {
         model.stop_tokens.clone()
     };
     Schedule {
-        batch_sizes: args
-            .batch_sizes
-            .iter()
-            .map(|&batch| batch as usize)
-            .collect(),
+        batch_sizes: distinct(&args.batch_sizes),
         depths,
         warmup: args.num_warmup as usize,
         iterations: args.num_iterations as usize,
@@ -328,9 +398,10 @@ fn print(args: &Args, results: &Results, comparison: Option<&Comparison>) -> Res
                 "DO NOT AGREE"
             };
             out.push_str(&format!(
-                "Batch {}: mirage and {} {verdict} ({} of {} greedy texts identical, logits within {:.2} %)\n",
+                "Batch {}: {} and {} {verdict} ({} of {} greedy texts identical, logits within {:.2} %)\n",
                 format::point_name(gate.0).to_lowercase(),
-                results.side(&comparison.side).map_or("", |side| &side.label),
+                results.label(&gate.1.tested),
+                results.label(&comparison.side),
                 comparison.identical,
                 comparison.sequences,
                 comparison.logit_error * 100.0
@@ -359,5 +430,59 @@ fn print(args: &Args, results: &Results, comparison: Option<&Comparison>) -> Res
             Err(error).context("stdout cannot be written")
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::tests::results;
+
+    #[test]
+    fn numbers_are_taken_once() {
+        assert_eq!(distinct(&[4, 1, 4, 2, 1]), [4, 1, 2]);
+        assert!(distinct(&[]).is_empty());
+    }
+
+    #[test]
+    fn outcomes() {
+        let check = |change: fn(&mut Results), expected: Outcome| {
+            let mut results = results();
+            change(&mut results);
+            assert_eq!(outcome(&results, None), expected);
+        };
+        check(|_| {}, Outcome::Done);
+        check(|results| results.complete = false, Outcome::Interrupted);
+        check(
+            |results| {
+                for point in &mut results.points {
+                    point.withheld = Some("unequal".to_owned());
+                }
+            },
+            Outcome::NothingMeasured,
+        );
+        check(
+            |results| {
+                for gate in results.points.iter_mut().filter_map(|p| p.gate.as_mut()) {
+                    gate.passed = false;
+                }
+            },
+            Outcome::Disagree,
+        );
+        let now = results();
+        let comparison = |old: &Results| outcome(&now, Some(&Comparison::new(old, &now, 0.02)));
+        let mut old = results();
+        assert_eq!(comparison(&old), Outcome::Done);
+        old.points.clear();
+        assert_eq!(comparison(&old), Outcome::NotComparable);
+    }
+
+    #[test]
+    fn a_run_without_a_number_is_told_apart() {
+        let mut points = results().points;
+        points.retain(|point| point.refused.is_some());
+        assert_eq!(nothing_measured(&points, true), Outcome::NothingMeasured);
+        assert_eq!(nothing_measured(&points, false), Outcome::Interrupted);
+        assert!(refusals(&points).starts_with("batch 4: b0: batch 4 needs too much memory; "));
     }
 }

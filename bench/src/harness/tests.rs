@@ -25,6 +25,12 @@ pub(crate) struct Fake {
     pub(crate) short: usize,
     /// Runs after which it presses Ctrl-C.
     pub(crate) interrupt_after: usize,
+    /// Runs after which it fails.
+    pub(crate) fail_after: usize,
+    /// Whether asking for its matrix products fails.
+    pub(crate) no_products: bool,
+    /// Tokens that the first sequence of a batch ends earlier than the others, without a time of its own.
+    pub(crate) first_ends_earlier: usize,
     pub(crate) log: Log,
 }
 
@@ -44,6 +50,9 @@ impl Fake {
             bias: 0.0,
             short: 0,
             interrupt_after: usize::MAX,
+            fail_after: usize::MAX,
+            no_products: false,
+            first_ends_earlier: 0,
             log: Log::default(),
         }
     }
@@ -79,9 +88,13 @@ impl Side for Fake {
     fn generate(&mut self, work: &Work, interrupt: &Interrupt) -> Result<Generation, SideError> {
         let mut log = self.log.borrow_mut();
         log.push(self.key.to_owned());
-        if log.iter().filter(|key| *key == self.key).count() > self.interrupt_after {
+        let runs = log.iter().filter(|key| *key == self.key).count();
+        if runs > self.interrupt_after {
             interrupt.set();
             return Err(SideError::Interrupted);
+        }
+        if runs > self.fail_after {
+            return Err(SideError::Failed(anyhow::anyhow!("it broke")));
         }
         let count = work.max_tokens - self.short;
         let given: usize = work
@@ -93,15 +106,22 @@ impl Side for Fake {
         let last = first + self.step * (count - 1) as f64;
         let times = SequenceTimes {
             first,
-            last,
+            last: Some(last),
             gaps: vec![self.step; count - 1],
         };
+        let mut sequences = vec![times; work.sequences.len()];
+        let mut tokens = vec![vec![2; count]; work.sequences.len()];
+        // Not in the gate, whose texts are all of one length.
+        if self.first_ends_earlier > 0 && work.max_tokens != gate::NEW_TOKENS {
+            sequences[0].last = None;
+            tokens[0].truncate(count - self.first_ends_earlier);
+        }
         Ok(Generation {
-            tokens: vec![vec![2; count]; work.sequences.len()],
+            tokens,
             wall: last,
             device: Some(0.9 * last),
             device_step: Some(self.step),
-            sequences: vec![times; work.sequences.len()],
+            sequences,
         })
     }
 
@@ -109,6 +129,13 @@ impl Side for Fake {
         Ok((from..tokens.len())
             .flat_map(|_| [self.bias, 1.0, 2.0])
             .collect())
+    }
+
+    fn matrix_products(&mut self) -> Result<Vec<crate::results::MatrixProduct>, SideError> {
+        match self.no_products {
+            true => Err(SideError::Failed(anyhow::anyhow!("no clock"))),
+            false => Ok(Vec::new()),
+        }
     }
 }
 
@@ -273,6 +300,106 @@ fn ctrl_c_keeps_whole_iterations() {
         .collect();
     assert_eq!(counts, [3, 3]);
     assert_eq!(measured.points[0].speedups.len(), 1);
+}
+
+#[test]
+fn ctrl_c_before_the_first_iteration_leaves_no_empty_point() {
+    let broken = Fake {
+        interrupt_after: 0,
+        ..Fake::new("b1", 0.02)
+    };
+    let mut sides = [Fake::new("mirage", 0.01).boxed(), broken.boxed()];
+    let measured = run(&schedule(&[2, 4], 0, 9), &mut sides);
+    assert!(!measured.complete && measured.failure.is_none());
+    assert!(measured.points.is_empty());
+}
+
+#[test]
+fn a_failure_keeps_what_was_measured_of_its_point() {
+    // One run of the gate, then three iterations.
+    let broken = Fake {
+        fail_after: 4,
+        ..Fake::new("b1", 0.02)
+    };
+    let mut sides = [Fake::new("mirage", 0.01).boxed(), broken.boxed()];
+    let measured = run(&schedule(&[2, 4], 0, 9), &mut sides);
+    let failure = measured.failure.expect("it broke");
+    assert_eq!(failure.to_string(), "b1: it broke");
+    assert!(!measured.complete);
+    assert_eq!(measured.points.len(), 1);
+    let counts = measured.points[0]
+        .sides
+        .iter()
+        .map(|side| side.iterations.len());
+    assert_eq!(counts.collect::<Vec<_>>(), [3, 3]);
+    assert_eq!(measured.points[0].speedups.len(), 1);
+}
+
+#[test]
+fn matrix_products_that_fail_are_a_note() {
+    let side = Fake {
+        no_products: true,
+        ..Fake::new("b1", 0.02)
+    };
+    let mut sides = [Fake::new("mirage", 0.01).boxed(), side.boxed()];
+    let measured = run(&schedule(&[1, 2], 0, 2), &mut sides);
+    assert!(measured.complete && measured.failure.is_none());
+    assert_eq!(measured.points.len(), 2);
+    assert_eq!(
+        measured.notes[0],
+        "The matrix products of b1 at batch 1 were not measured: no clock."
+    );
+}
+
+#[test]
+fn sequences_without_a_time_count_on_no_side() {
+    let cut = Fake {
+        first_ends_earlier: 5,
+        ..Fake::new("b1", 0.02)
+    };
+    let mut sides = [Fake::new("mirage", 0.01).boxed(), cut.boxed()];
+    let measured = run(&schedule(&[2], 0, 3), &mut sides);
+    let point = &measured.points[0];
+    for (side, step) in [("mirage", 10.0), ("b1", 20.0)] {
+        let numbers = point.side(side).expect("measured");
+        let tpot = numbers.tpot_ms.as_ref().expect("one of two sequences");
+        assert_eq!(tpot.count, 3, "{side}");
+        assert!((tpot.mean - step).abs() < 1e-9, "{side}: {}", tpot.mean);
+        let rows = numbers.iterations.iter().flat_map(|row| &row.sequences);
+        assert_eq!(rows.filter(|row| row.latency_ms.is_some()).count(), 3);
+    }
+}
+
+#[test]
+fn the_gate_has_something_to_compare_where_all_prompts_are_long() {
+    let text = "x".repeat(gate::LONGEST_PROMPT + 1);
+    let (workload, model) = (workload(&[("a", &text)], 11, 100), model());
+    let harness = Harness {
+        schedule: &schedule(&[1], 0, 1),
+        workload: &workload,
+        model: &model,
+        bandwidth_gb_s: None,
+        interrupt: Interrupt::default(),
+    };
+    let mut sides = [
+        Fake::new("mirage", 0.01).boxed(),
+        Fake::new("b1", 0.02).boxed(),
+    ];
+    let measured = harness.run(&mut sides, &mut Silent);
+    let gate = measured.points[0].gate.as_ref().expect("two sides");
+    assert!(gate.passed, "{:?}", gate.comparisons);
+    assert_eq!(gate.comparisons[0].sequences, 1);
+}
+
+#[test]
+fn the_gate_says_which_side_it_tested() {
+    let mut sides = [Fake::new("b0", 0.03).boxed(), Fake::new("b1", 0.02).boxed()];
+    let measured = run(&schedule(&[1], 0, 1), &mut sides);
+    let gate = measured.points[0].gate.as_ref().expect("two sides");
+    assert_eq!(
+        (gate.tested.as_str(), gate.comparisons[0].side.as_str()),
+        ("b0", "b1")
+    );
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Numbers as people read them, the same in every report.
 
 use crate::derive::latency_change_percent;
-use crate::results::{DeviceKind, DeviceState, Point, Results};
+use crate::results::{DeviceKind, DeviceState, Point, Results, Role};
 use crate::stats::{Estimate, Side};
 
 /// `1.196x`, and its interval where there is one: `1.196x [1.180, 1.210]`.
@@ -40,16 +40,56 @@ pub fn point_name(point: &Point) -> String {
     }
 }
 
-/// The last line of the report, and of the terminal.
+/// Why the results are partial; none where they are complete.
+pub fn partial(results: &Results) -> Option<String> {
+    let reason = results.ended_early.as_deref();
+    (!results.complete).then(|| match reason {
+        Some(reason) => one_line(reason, 200),
+        None => "the run ended early".to_owned(),
+    })
+}
+
+/// The last line of the report, and of the terminal: where the sides do not agree, first that.
 pub fn verdict(results: &Results) -> String {
-    let interrupted = if results.complete {
-        ""
-    } else {
-        " (interrupted: partial results)"
+    let points = |of: &dyn Fn(&Point) -> bool| -> Option<String> {
+        let names: Vec<String> = results
+            .points
+            .iter()
+            .filter(|point| of(point))
+            .map(in_a_sentence)
+            .collect();
+        (!names.is_empty()).then(|| names.join("; "))
     };
+    let failed = |point: &Point| point.gate.as_ref().is_some_and(|gate| !gate.passed);
+    let mut sentences = Vec::new();
+    if let Some(points) = points(&failed) {
+        sentences.push(format!("❌ The sides do not agree at {points}."));
+    }
+    sentences.push(speed(results));
+    if let Some(points) = points(&|point| point.withheld.is_some() && !failed(point)) {
+        sentences.push(format!("No speedup is given at {points}."));
+    }
+    if let Some(points) = points(&|point| point.refused.is_some()) {
+        sentences.push(format!("Not measured at {points}."));
+    }
+    sentences.join(" ")
+}
+
+fn in_a_sentence(point: &Point) -> String {
+    format!("batch {}", point_name(point).to_lowercase())
+}
+
+/// The verdict on time alone.
+fn speed(results: &Results) -> String {
+    let partial = partial(results).map_or(String::new(), |reason| {
+        format!(" (partial results: {})", one_line(&reason, 60))
+    });
     let Some(headline) = results.headline() else {
-        return format!("No baseline was run, so there is nothing to compare with{interrupted}.");
+        return format!("No baseline was run, so there is nothing to compare with{partial}.");
     };
+    if !results.sides.iter().any(|side| side.role == Role::Mirage) {
+        return format!("Mirage was not run, so there is no speedup{partial}.");
+    }
     let Some(row) = results
         .summary
         .iter()
@@ -60,8 +100,8 @@ pub fn verdict(results: &Results) -> String {
             .filter_map(|point| point.withheld.as_ref().or(point.refused.as_ref()))
             .next();
         return match reason {
-            Some(reason) => format!("❌ No speedup is given{interrupted}: {reason}."),
-            None => format!("Nothing was measured on both sides{interrupted}."),
+            Some(reason) => format!("❌ No speedup is given{partial}: {reason}."),
+            None => format!("Nothing was measured on both sides{partial}."),
         };
     };
     if results.device.kind == DeviceKind::Cpu {
@@ -71,7 +111,7 @@ pub fn verdict(results: &Results) -> String {
             headline.label
         );
         return format!(
-            "Mirage's program ran on the CPU, {points}; this says nothing about a GPU{interrupted}."
+            "Mirage's program ran on the CPU, {points}; this says nothing about a GPU{partial}."
         );
     }
     let against = match headline.key.as_str() {
@@ -80,11 +120,11 @@ pub fn verdict(results: &Results) -> String {
     };
     let factor = row.latency.value;
     match row.latency.against(1.0) {
-        Side::Above => format!("✅ Mirage is {factor:.2}x faster than {against}!{interrupted}"),
-        Side::Below => format!("⚠️ Mirage is SLOWER than {against}: {factor:.2}x{interrupted}."),
+        Side::Above => format!("✅ Mirage is {factor:.2}x faster than {against}!{partial}"),
+        Side::Below => format!("⚠️ Mirage is SLOWER than {against}: {factor:.2}x{partial}."),
         Side::Undecided => {
             format!(
-                "≈ No difference between mirage and {against} is shown: {}{interrupted}.",
+                "≈ No difference between mirage and {against} is shown: {}{partial}.",
                 speedup(&row.latency)
             )
         }
@@ -104,7 +144,7 @@ pub fn crossover(results: &Results) -> Vec<String> {
                     .speedup(&headline.key)
                     .is_some_and(|speedup| speedup.latency.against(1.0) == side)
             })
-            .map(|point| format!("batch {}", point_name(point).to_lowercase()))
+            .map(in_a_sentence)
             .collect()
     };
     let (faster, slower, open) = (of(Side::Above), of(Side::Below), of(Side::Undecided));
@@ -193,6 +233,7 @@ pub fn one_line(text: &str, longest: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::tests::results;
 
     #[test]
     fn numbers() {
@@ -213,6 +254,61 @@ mod tests {
         assert_eq!(count(12), "12");
         assert_eq!(share(Some(0.8)), "80.0 %");
         assert!(share(None).contains("wrong"));
+    }
+
+    #[test]
+    fn the_verdict_names_every_point_without_a_speedup() {
+        let check = |change: fn(&mut Results), expected: &str| {
+            let mut results = results();
+            change(&mut results);
+            results.summary = crate::derive::summary(&results);
+            let verdict = verdict(&results);
+            assert!(
+                verdict.starts_with(expected),
+                "`{expected}` does not begin: {verdict}"
+            );
+            assert!(verdict.ends_with("Not measured at batch 4."), "{verdict}");
+        };
+        fn fail(point: &mut Point) {
+            if let Some(gate) = &mut point.gate {
+                gate.passed = false;
+            }
+            point.withheld = Some("the sides do not agree: x".to_owned());
+            point.speedups.clear();
+        }
+        check(|_| {}, "✅ Mirage is 2.65x faster than baseline (b1)! Not");
+        check(
+            |results| fail(&mut results.points[1]),
+            "❌ The sides do not agree at batch 2. ✅ Mirage is",
+        );
+        check(
+            |results| results.points.iter_mut().take(2).for_each(fail),
+            "❌ The sides do not agree at batch 1; batch 2. ❌ No speedup is given: the sides do not agree: x.",
+        );
+        check(
+            |results| {
+                results.points[0].withheld = Some("unequal".to_owned());
+                results.points[0].speedups.clear();
+            },
+            "✅ Mirage is 2.80x faster than baseline (b1)! No speedup is given at batch 1.",
+        );
+        check(
+            |results| {
+                results.complete = false;
+                results.ended_early = Some("b1: it broke".to_owned());
+            },
+            "✅ Mirage is 2.65x faster than baseline (b1)! (partial results: b1: it broke)",
+        );
+    }
+
+    #[test]
+    fn an_external_engine_is_never_the_verdict() {
+        let mut results = results();
+        results.sides.retain(|side| side.role != Role::Baseline);
+        assert!(!results.summary.is_empty());
+        assert!(verdict(&results).starts_with("No baseline was run"));
+        results.sides.retain(|side| side.role == Role::External);
+        assert!(verdict(&results).starts_with("No baseline was run"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::results::{
 use crate::side::Side as _;
 
 /// Batches 1, 2 and 4 on mirage and three baselines of which one has no room for a batch of 4.
-fn results() -> Results {
+pub(crate) fn results() -> Results {
     let fakes = || {
         [
             Fake {
@@ -42,6 +42,7 @@ fn results() -> Results {
         generator: "mirage-bench 0.0.0".to_owned(),
         generated: "2026-01-02T03:04:05+00:00".to_owned(),
         complete: measured.complete,
+        ended_early: None,
         device: DeviceFacts {
             kind: DeviceKind::Cuda,
             name: "Made-up GPU".to_owned(),
@@ -69,6 +70,7 @@ fn results() -> Results {
         },
         prompts: PromptFacts {
             file: "prompts.txt".to_owned(),
+            categories: Vec::new(),
             hash: "0123456789abcdef0123".to_owned(),
             count: 3,
             skipped: vec![Skipped {
@@ -141,7 +143,11 @@ fn results_survive_their_file() {
     let again = json::read(&file, "results.json").expect("our own file");
     assert_eq!(json::write(&again).expect("JSON"), file);
     let error = json::read(
-        &file.replacen("\"schema_version\": 1", "\"schema_version\": 77", 1),
+        &file.replacen(
+            &format!("\"schema_version\": {SCHEMA_VERSION}"),
+            "\"schema_version\": 77",
+            1,
+        ),
         "old.json",
     )
     .expect_err("another version");

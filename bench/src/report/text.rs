@@ -5,7 +5,7 @@
 
 use super::format;
 use super::lines::{Text, WIDTH};
-use crate::results::{Agreement, Point, Results, Role, SideFacts, SidePoint, Skipped};
+use crate::results::{Agreement, OnlyQuoted, Point, Results, Role, SideFacts, SidePoint, Skipped};
 use crate::stats::Summary;
 
 /// The whole report.
@@ -22,8 +22,10 @@ pub fn report(results: &Results) -> String {
         .unwrap_or(&results.generated)
         .replacen('T', " ", 1);
     out.line(&format!("Generated: {generated}"));
-    if !results.complete {
-        out.line("PARTIAL: the run was interrupted; below is what had been measured until then.");
+    if let Some(reason) = format::partial(results) {
+        out.line(&format!(
+            "PARTIAL: {reason}; below is what had been measured until then."
+        ));
     }
     out.line("");
     configuration(&mut out, results);
@@ -76,6 +78,9 @@ fn configuration(out: &mut Text, results: &Results) {
         "Prompts: {} ({used} of {} fit this model)",
         prompts.file, prompts.count
     ));
+    if !prompts.categories.is_empty() {
+        out.line(&format!("Categories: {}", prompts.categories.join(", ")));
+    }
     for Skipped { prompt, reason } in &prompts.skipped {
         out.line(&format!("  left out {prompt}: {reason}"));
     }
@@ -177,10 +182,14 @@ fn point_block(out: &mut Text, results: &Results, point: &Point) {
     }
     if let Some(gate) = &point.gate {
         for comparison in &gate.comparisons {
-            agreement(out, results, comparison);
+            agreement(out, results, &gate.tested, comparison);
         }
     }
     let sides = ordered(results, point);
+    if sides.is_empty() {
+        out.line("  Nothing was measured.");
+        return;
+    }
     let label = |side: &SideFacts| format!("{}:", title(results, side));
     let width = sides
         .iter()
@@ -231,6 +240,12 @@ fn point_block(out: &mut Text, results: &Results, point: &Point) {
     }
     if let Some(reason) = &point.withheld {
         out.line(&format!("  NO SPEEDUP IS GIVEN: {reason}"));
+    }
+    for OnlyQuoted { side, reason } in &point.only_quoted {
+        let label = results.label(side);
+        out.line(&format!(
+            "  NO SPEEDUP AGAINST {label} (external) IS GIVEN: {reason}"
+        ));
     }
     let has = |of: &dyn Fn(&SidePoint) -> bool| sides.iter().any(|(_, numbers)| of(numbers));
     if has(&|side| side.device_ms.is_some()) {
@@ -310,17 +325,15 @@ fn point_block(out: &mut Text, results: &Results, point: &Point) {
     }
 }
 
-fn agreement(out: &mut Text, results: &Results, comparison: &Agreement) {
-    let label = results
-        .side(&comparison.side)
-        .map_or(comparison.side.as_str(), |side| side.label.as_str());
+fn agreement(out: &mut Text, results: &Results, tested: &str, comparison: &Agreement) {
+    let (tested, label) = (results.label(tested), results.label(&comparison.side));
     let verdict = if comparison.passed {
         "agree"
     } else {
         "DO NOT AGREE"
     };
     out.line(&format!(
-        "  Correctness: mirage and {label} {verdict}: {} of {} greedy texts identical, {} tokens; logits differ by {:.2} % of their spread (worst row {:.2} %)",
+        "  Correctness: {tested} and {label} {verdict}: {} of {} greedy texts identical, {} tokens; logits differ by {:.2} % of their spread (worst row {:.2} %)",
         comparison.identical, comparison.sequences, comparison.tokens,
         comparison.logit_error * 100.0, comparison.worst_row_error * 100.0
     ));
@@ -374,9 +387,12 @@ fn categories(out: &mut Text, results: &Results) {
         let ratio = row
             .latency_ratio
             .map_or(String::new(), |ratio| format!("{ratio:>8.3}x"));
+        let last = row
+            .latency_ms
+            .map_or("–".to_owned(), |time| format!("{time:.2}"));
         out.line(&format!(
-            "  {:<16} {:>4} texts, {:>6.1} prompt tokens, {:>10.2} ms to the last token, {:>9.2} ms to the first{ratio}",
-            row.category, row.sequences, row.prompt_tokens, row.latency_ms, row.ttft_ms
+            "  {:<16} {:>4} texts, {:>6.1} prompt tokens, {:>10} ms to the last token, {:>9.2} ms to the first{ratio}",
+            row.category, row.sequences, row.prompt_tokens, last, row.ttft_ms
         ));
     }
     out.line("");
@@ -408,11 +424,17 @@ fn summary(out: &mut Text, results: &Results) {
         out.line("");
     }
     for row in rows().filter(|row| Some(row.against.as_str()) != headline) {
-        let label = results
+        let external = results
             .side(&row.against)
-            .map_or(row.against.as_str(), |side| side.label.as_str());
+            .is_some_and(|side| side.role == Role::External);
+        let marked = if external {
+            " (external, not checked)"
+        } else {
+            ""
+        };
         out.line(&format!(
-            "Against {label}: latency {}",
+            "Against {}{marked}: latency {}",
+            results.label(&row.against),
             format::speedup(&row.latency)
         ));
     }

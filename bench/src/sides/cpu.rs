@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::anyhow;
 use mirage_compiler::arch::GpuModel;
-use mirage_compiler::driver::compile;
+use mirage_compiler::driver::{CompileError, compile};
 use mirage_compiler::plan::Target;
 use mirage_runtime::cpu::CpuModel;
 
@@ -64,7 +64,12 @@ impl Side for MirageCpu<'_> {
             &self.model.config,
             &target,
         )
-        .map_err(|error| SideError::Failed(error.into()))?;
+        .map_err(|error| match error {
+            CompileError::Target { .. } => SideError::NoRoom(error.to_string()),
+            CompileError::Diagnosed(_) | CompileError::Nvrtc(_) | CompileError::Fault(_) => {
+                SideError::Failed(error.into())
+            }
+        })?;
         let compile_s = begin.elapsed().as_secs_f64();
         let begin = Instant::now();
         let loaded = CpuModel::load(compilation.program, &self.model.checkpoint)
@@ -87,5 +92,24 @@ impl Side for MirageCpu<'_> {
 
     fn logits(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>, SideError> {
         executor::logits(self.loaded()?, tokens, from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_beyond_the_plans_is_refused_and_does_not_end_the_run() {
+        let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny");
+        let model = Model::open(tiny, None).expect("the small model");
+        let shape = Shape {
+            batch: 1 << 10,
+            context: 64,
+        };
+        match MirageCpu::new(&model).prepare(shape) {
+            Err(SideError::NoRoom(reason)) => assert!(reason.contains("batch"), "{reason}"),
+            Ok(_) | Err(SideError::Interrupted | SideError::Failed(_)) => panic!("not refused"),
+        }
     }
 }

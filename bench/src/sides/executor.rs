@@ -89,7 +89,7 @@ fn requests(work: &Work) -> Vec<GenerateRequest> {
 pub(super) fn times(stamps: &[f64]) -> SequenceTimes {
     SequenceTimes {
         first: stamps.first().copied().unwrap_or(0.0),
-        last: stamps.last().copied().unwrap_or(0.0),
+        last: stamps.last().copied(),
         gaps: stamps.windows(2).map(|pair| pair[1] - pair[0]).collect(),
     }
 }

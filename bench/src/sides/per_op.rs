@@ -1,8 +1,9 @@
 //! The per-op baseline on an NVIDIA GPU, launched one by one (B0) or from a CUDA graph (B1).
 //!
-//! Host time is as [`Timings`](mirage_runtime::baseline::Timings) has it, which leaves out the copy of the prompts and the
-//! recording of the graph, to the baseline's favour. Device time is prefill and decode steps between events, gaps between
-//! launches included.
+//! Host time is as [`Timings`](mirage_runtime::baseline::Timings) has it, which leaves out the copy of the prompts and
+//! the recording of the graph, to the baseline's favour. Device time is prefill and decode steps between events, gaps
+//! between launches included. With stop tokens, when a sequence ended is known only of those that the batch's last step
+//! made a token for.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -23,6 +24,17 @@ fn baseline_error(error: BaselineError) -> SideError {
         BaselineError::Gpu(error) => gpu_error(error),
         error => SideError::Failed(error.into()),
     }
+}
+
+/// It does not look at single tokens, so that the GPU never waits for the host: all sequences have their first token at
+/// one time, and only those with a token of the batch's last step, its token number `made`, are known to end with it.
+fn sequence_times(tokens: &[Vec<u32>], made: usize, first: f64, last: f64) -> Vec<SequenceTimes> {
+    let times = |tokens: &Vec<u32>| SequenceTimes {
+        first,
+        last: (tokens.len() == made).then_some(last),
+        gaps: Vec::new(),
+    };
+    tokens.iter().map(times).collect()
 }
 
 /// The baseline's model, which its launch modes share.
@@ -121,7 +133,10 @@ impl Side for PerOp<'_> {
         self.batch = shape.batch;
         Ok(Setup {
             load_s: begin.elapsed().as_secs_f64(),
-            launches: Some(format!("{} launches a step", baseline.launches_per_step())),
+            launches: Some(format!(
+                "{} launches a greedy step",
+                baseline.launches_per_step()
+            )),
             ..Setup::default()
         })
     }
@@ -153,14 +168,9 @@ impl Side for PerOp<'_> {
             .map_err(baseline_error)?;
         let timings = output.timings;
         let (first, last) = (timings.time_to_first_token / 1e3, timings.total / 1e3);
-        // It does not look at single tokens, so that the GPU never waits for the host: all sequences have one time.
-        let times = SequenceTimes {
-            first,
-            last,
-            gaps: Vec::new(),
-        };
+        let made = 1 + timings.decode_steps;
         Ok(Generation {
-            sequences: vec![times; output.tokens.len()],
+            sequences: sequence_times(&output.tokens, made, first, last),
             tokens: output.tokens,
             wall: last,
             device: Some((timings.prefill + timings.decode) / 1e3),
@@ -195,5 +205,19 @@ impl Side for PerOp<'_> {
                 time_us: product.microseconds,
             })
             .collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_cut_earlier_has_no_time_of_its_own() {
+        let times = sequence_times(&[vec![1, 2, 3], vec![1, 9]], 3, 0.5, 2.0);
+        assert_eq!((times[0].first, times[0].last), (0.5, Some(2.0)));
+        assert_eq!((times[1].first, times[1].last), (0.5, None));
+        // The steps that it made before it saw that all had stopped are nobody's.
+        assert_eq!(sequence_times(&[vec![1, 9]], 4, 0.5, 2.0)[0].last, None);
     }
 }

@@ -59,6 +59,8 @@ pub struct Properties {
     pub ordinal: usize,
     /// Marketing name, `NVIDIA H100 80GB HBM3`.
     pub name: String,
+    /// Domain, bus, device and function, `0000:05:00.0`: what other tools know it by, whatever the order of devices.
+    pub pci_bus_id: String,
     /// Streaming multiprocessors.
     pub sm_count: usize,
     /// Compute capability, major and minor.
@@ -253,6 +255,13 @@ fn read_properties(ordinal: usize, device: sys::CUdevice) -> Result<Properties, 
     })?;
     let name = CStr::from_bytes_until_nul(&name)
         .map_or_else(|_| "unnamed".into(), |n| n.to_string_lossy().into_owned());
+    let mut bus_id = [0u8; 32];
+    // SAFETY: the buffer has the stated length and the driver ends the text with a zero byte.
+    check("cuDeviceGetPCIBusId", unsafe {
+        sys::cuDeviceGetPCIBusId(bus_id.as_mut_ptr().cast(), bus_id.len() as c_int, device)
+    })?;
+    let pci_bus_id = CStr::from_bytes_until_nul(&bus_id)
+        .map_or_else(|_| String::new(), |id| id.to_string_lossy().into_owned());
     let mut total_memory = 0;
     // SAFETY: `device` is a valid device.
     check("cuDeviceTotalMem", unsafe {
@@ -269,6 +278,7 @@ fn read_properties(ordinal: usize, device: sys::CUdevice) -> Result<Properties, 
     Ok(Properties {
         ordinal,
         name,
+        pci_bus_id,
         sm_count: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
         compute_capability: (
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
@@ -292,6 +302,7 @@ mod tests {
         Properties {
             ordinal: 0,
             name: String::new(),
+            pci_bus_id: String::new(),
             sm_count: 1,
             compute_capability: capability,
             l2_bytes: 0,

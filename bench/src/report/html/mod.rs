@@ -6,7 +6,7 @@ mod charts;
 use super::format;
 use super::svg::{self, escape};
 use crate::category;
-use crate::results::{Point, Results, Role, SideFacts};
+use crate::results::{OnlyQuoted, Point, Results, Role, SideFacts};
 use crate::stats::Summary;
 use builder::Html;
 use charts::charts;
@@ -46,8 +46,11 @@ fn head(out: &mut Html, results: &Results) {
         "<p class=\"verdict\">{}</p>\n",
         escape(&format::verdict(results))
     ));
-    if !results.complete {
-        out.push(format_args!("<p class=\"warn\">Partial: the run was interrupted; below is what had been measured until then.</p>\n"));
+    if let Some(reason) = format::partial(results) {
+        out.push(format_args!(
+            "<p class=\"warn\">Partial: {}; below is what had been measured until then.</p>\n",
+            escape(&reason)
+        ));
     }
     for line in format::crossover(results)
         .iter()
@@ -94,14 +97,15 @@ fn points(out: &mut Html, results: &Results) {
             ));
             continue;
         }
-        for comparison in point.gate.iter().flat_map(|gate| &gate.comparisons) {
-            let label = results
-                .side(&comparison.side)
-                .map_or(comparison.side.clone(), side_name);
+        let comparisons = point.gate.iter().flat_map(|gate| {
+            let with_tested = |comparison| (gate.tested.as_str(), comparison);
+            gate.comparisons.iter().map(with_tested)
+        });
+        for (tested, comparison) in comparisons {
             out.push(format_args!(
-                "<p class=\"{}\">Correctness: mirage and {} {}: {} of {} greedy texts identical, logits differ by {:.2} % of their spread (worst row {:.2} %).</p>\n",
+                "<p class=\"{}\">Correctness: {} and {} {}: {} of {} greedy texts identical, logits differ by {:.2} % of their spread (worst row {:.2} %).</p>\n",
                 if comparison.passed { "soft" } else { "warn" },
-                escape(&label),
+                escape(results.label(tested)), escape(results.label(&comparison.side)),
                 if comparison.passed { "agree" } else { "do not agree" },
                 comparison.identical, comparison.sequences, comparison.logit_error * 100.0, comparison.worst_row_error * 100.0
             ));
@@ -109,6 +113,13 @@ fn points(out: &mut Html, results: &Results) {
         if let Some(reason) = &point.withheld {
             out.push(format_args!(
                 "<p class=\"warn\">No speedup is given: {}</p>\n",
+                escape(reason)
+            ));
+        }
+        for OnlyQuoted { side, reason } in &point.only_quoted {
+            out.push(format_args!(
+                "<p class=\"warn\">No speedup against {} (external) is given: {}</p>\n",
+                escape(results.label(side)),
                 escape(reason)
             ));
         }
@@ -223,7 +234,8 @@ fn categories(out: &mut Html, results: &Results) {
                 row.sequences.to_string(),
                 format!("{:.1}", row.prompt_tokens),
                 format!("{:.2}", row.ttft_ms),
-                format!("{:.2}", row.latency_ms),
+                row.latency_ms
+                    .map_or("–".to_owned(), |time| format!("{time:.2}")),
                 row.latency_ratio
                     .map_or("–".to_owned(), |ratio| format!("{ratio:.3}x")),
             ]
@@ -284,8 +296,12 @@ fn about(out: &mut Html, results: &Results) {
     row(
         "Prompts",
         format!(
-            "{}, {} of {} fit, {}",
+            "{}{}, {} of {} fit, {}",
             prompts.file,
+            match prompts.categories.as_slice() {
+                [] => String::new(),
+                chosen => format!(", categories {}", chosen.join(", ")),
+            },
             prompts.count - prompts.skipped.len(),
             prompts.count,
             prompts.hash
