@@ -181,7 +181,7 @@ impl Side for MirageGpu<'_> {
             },
             Form::Phased => SideFacts {
                 key: "b2".to_owned(),
-                label: "B2, fused phases in a CUDA graph".to_owned(),
+                label: "B2, fused phases".to_owned(),
                 description: "mirage's own fused phases, a kernel for each hand-over between multiprocessors, all launches \
                               of a step in one CUDA graph with programmatic dependent launch; tuned for the one kernel, not \
                               for this"
