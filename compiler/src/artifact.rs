@@ -15,7 +15,7 @@ use crate::nvrtc::KernelResources;
 use crate::program::{Program, THREADS, Violation};
 
 /// Changes whenever the manifest's fields or their meaning do.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Usual file name of the generated source, and its name in messages.
 pub const SOURCE_FILE: &str = "kernel.cu";
 /// Usual file name of the cubin.
@@ -297,8 +297,12 @@ mod tests {
         let good = artifact.manifest.to_json();
         check(&good, b"other", "the cubin does not belong to the manifest");
         check("{", b"cubin", "cannot be read: EOF");
-        check("{\"format\": 2}", b"cubin", "has format 2, this mirage");
-        check("{\"format\": 1}", b"cubin", "missing field `mirage`");
+        check("{\"format\": 1}", b"cubin", "has format 1, this mirage");
+        check(
+            &format!("{{\"format\": {FORMAT}}}"),
+            b"cubin",
+            "missing field `mirage`",
+        );
         let with = |change: fn(&mut Manifest)| {
             let mut manifest = artifact.manifest.clone();
             change(&mut manifest);

@@ -29,7 +29,7 @@ macro_rules! headers {
     };
 }
 
-const HEADERS: [(&str, &str); 15] = headers![
+const HEADERS: [(&str, &str); 14] = headers![
     "attention.cuh",
     "context.cuh",
     "exchange.cuh",
@@ -38,7 +38,6 @@ const HEADERS: [(&str, &str); 15] = headers![
     "head.cuh",
     "linear.cuh",
     "mirage.cuh",
-    "phased.cuh",
     "prelude.cuh",
     "random.cuh",
     "residual.cuh",
@@ -63,7 +62,7 @@ pub fn cuda_source(program: &Program, arch: Arch) -> CudaSource {
     }
 }
 
-/// The device library, as an architecture has it.
+/// The device library that every kernel needs, as an architecture has it.
 fn headers_for(arch: Arch) -> Vec<(String, String)> {
     let arch_text = match arch {
         Arch::Sm80 | Arch::Sm86 | Arch::Sm89 => ARCH_SM_80,
@@ -243,21 +242,14 @@ impl Emitter<'_> {
     }
 
     fn norm(&mut self, prefix: &str, norm: Option<&Norm>) {
-        let none = Norm {
-            gamma_at: 0,
-            gamma_stride: 0,
-            eps: 0.0,
-        };
-        let n = norm.unwrap_or(&none);
         self.flag(&format!("k{prefix}Norm"), norm.is_some());
-        self.constant(&format!("k{prefix}GammaAt"), n.gamma_at);
-        line!(
-            self,
-            "  static constexpr float k{prefix}Eps = {};",
-            float(n.eps)
-        );
+        let gamma_at = norm.map_or(0, |norm| norm.gamma_at);
+        self.constant(&format!("k{prefix}GammaAt"), gamma_at);
+        let eps = float(norm.map_or(0.0, |norm| norm.eps));
+        line!(self, "  static constexpr float k{prefix}Eps = {eps};");
         if prefix.is_empty() {
-            self.constant("kGammaStride", n.gamma_stride);
+            let stride = norm.map_or(0, |norm| norm.gamma_stride);
+            self.constant("kGammaStride", stride);
         }
     }
 

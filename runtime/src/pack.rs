@@ -14,7 +14,7 @@ mod tests;
 use std::borrow::Cow;
 
 use half::bf16;
-use mirage_compiler::fuse::WeightId;
+use mirage_compiler::fuse::{Rope, WeightId};
 use mirage_compiler::mesh::Share;
 use mirage_compiler::program::{Linear, Program, TILE, TILE_BYTES};
 use rayon::prelude::*;
@@ -274,20 +274,23 @@ fn expect_length(what: &'static str, expected: usize, found: usize) -> Result<()
     })
 }
 
-/// The rotary angles of every position, `[max_seq, head_dim / 2]` of {cos, sin}. Pair `i` turns by `position * f(i)` with
-/// `f` of [`mirage_compiler::fuse::Rope::inverse_frequencies`] (theta^(-2i / head_dim), Llama-3's scaling applied). The
-/// product, sine and cosine are taken in f64 and rounded to f32, so that angles are exact at any context.
+/// The rotary angles of every position of a program, `[max_seq, head_dim / 2]` of {cos, sin}.
 pub fn rope_table(program: &Program) -> Vec<[f32; 2]> {
-    let frequencies = program
-        .attention
-        .rope
-        .inverse_frequencies(program.attention.head_dim);
+    let attention = &program.attention;
+    rope_angles(&attention.rope, attention.head_dim, program.max_seq)
+}
+
+/// The rotary angles of so many positions, `[positions, head_dim / 2]` of {cos, sin}. Pair `i` turns by `position * f(i)`
+/// with `f` of [`Rope::inverse_frequencies`] (theta^(-2i / head_dim), Llama-3's scaling applied). The product, sine and
+/// cosine are taken in f64 and rounded to f32, so that angles are exact at any context.
+pub(crate) fn rope_angles(rope: &Rope, head_dim: usize, positions: usize) -> Vec<[f32; 2]> {
+    let frequencies = rope.inverse_frequencies(head_dim);
     let turn = |position: usize, frequency: f32| {
         let (sin, cos) = (position as f64 * f64::from(frequency)).sin_cos();
         [cos as f32, sin as f32]
     };
     let frequencies = &frequencies;
-    (0..program.max_seq)
+    (0..positions)
         .into_par_iter()
         .flat_map_iter(|position| frequencies.iter().map(move |&f| turn(position, f)))
         .collect()

@@ -10,6 +10,9 @@ use crate::arch::Arch;
 use crate::plan::StreamForm;
 use crate::program::{CONSUMER_WARPS, Linear, Phase, Program, Step, VALUES_PER_WORD};
 
+const HEADER: &str = "phased.cuh";
+const HEADER_TEXT: &str = include_str!("../../device/phased.cuh");
+
 /// The chain's CUDA source, and what runs in which order. Every kernel takes the same parameter (`device/phased.cuh`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PhasedSource {
@@ -43,7 +46,7 @@ pub fn phased_source(program: &Program, arch: Arch) -> PhasedSource {
         out: String::new(),
     };
     let saved_floats = saved_floats(program);
-    emitter.head_of_file("phased.cuh", "a kernel for each hand-over between CTAs");
+    emitter.head_of_file(HEADER, "a kernel for each hand-over between CTAs");
     let mut kernels = Vec::new();
     let prefill = emitter.chain("prefill", &program.prefill, saved_floats, &mut kernels);
     let decode = emitter.chain("decode", &program.decode, saved_floats, &mut kernels);
@@ -60,10 +63,12 @@ pub fn phased_source(program: &Program, arch: Arch) -> PhasedSource {
     ] {
         emitter.entry(name, call);
     }
+    let mut headers = headers_for(arch);
+    headers.push((HEADER.to_owned(), HEADER_TEXT.to_owned()));
     PhasedSource {
         source: CudaSource {
             text: emitter.out,
-            headers: headers_for(arch),
+            headers,
         },
         prefill,
         decode,

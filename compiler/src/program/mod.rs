@@ -93,6 +93,8 @@ pub struct Norms {
 /// RMSNorm ahead of a linear.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Norm {
+    /// Which gamma it is.
+    pub gamma: WeightId,
     /// First element of gamma in the array of norms, for layer 0.
     pub gamma_at: usize,
     /// Elements from one layer's gamma to the next's; zero for the head.

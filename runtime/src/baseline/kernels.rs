@@ -8,8 +8,8 @@ use std::mem::size_of;
 
 use bytemuck::{Pod, Zeroable};
 use mirage_compiler::arch::Arch;
-use mirage_compiler::cubin_cache::CubinCache;
-use mirage_compiler::nvrtc::{Nvrtc, Options, Source};
+use mirage_compiler::cubin_cache;
+use mirage_compiler::nvrtc::{Options, Source};
 
 use super::BaselineError;
 use crate::gpu::{Function, Gpu, Module};
@@ -254,13 +254,8 @@ impl Kernels {
             arch: gpu.arch(),
         };
         let arch = Arch::for_device(major, minor).ok_or_else(unknown)?;
-        let (nvrtc, source, options) = (Nvrtc::find()?, source(attention), Options::default());
-        let compiled = match CubinCache::open() {
-            Ok(cache) => cache.compile(&nvrtc, &source, arch, &options)?.compiled,
-            // Without a place to keep cubins they are made anew.
-            Err(_) => nvrtc.compile(&source, arch, &options)?,
-        };
-        let module = Module::load(gpu, &compiled.cubin)?;
+        let fetched = cubin_cache::fetch(&source(attention), arch, &Options::default())?;
+        let module = Module::load(gpu, &fetched.compiled.cubin)?;
         let attention = attention.iter().enumerate().map(|(index, shape)| {
             let [single, tiled] =
                 [1, shape.tile()].map(|tile| module.function(&attention_name(index, tile)));
@@ -359,6 +354,8 @@ pub(super) fn source(attention: &[AttentionShape]) -> Source {
 
 #[cfg(test)]
 mod tests {
+    use mirage_compiler::nvrtc::Nvrtc;
+
     use super::*;
 
     /// Qwen3-0.6B, whose tiles have several rows; the largest group, of Qwen3-32B; a small test model.

@@ -32,6 +32,7 @@ use mirage_compiler::typed::TypedGraph;
 
 use crate::checkpoint::Checkpoint;
 use crate::gpu::{DeviceBuffer, Gpu, MappedBuffer, Stream};
+use crate::pack::rope_angles;
 
 use blas::Blas;
 use kernels::{Kernels, SAMPLE_BINS, SampleState, Sampling};
@@ -223,7 +224,7 @@ struct Arena {
     weights: Weights,
     values: Vec<DeviceBuffer<bf16>>,
     logits: DeviceBuffer<f32>,
-    turns: BTreeMap<String, DeviceBuffer<f32>>,
+    turns: BTreeMap<String, DeviceBuffer<[f32; 2]>>,
     max_batch: usize,
     max_seq: usize,
 }
@@ -275,14 +276,7 @@ impl Memory for Arena {
         if let Some(table) = self.turns.get(&key) {
             return Ok(table.device_pointer());
         }
-        let frequencies = rope.inverse_frequencies(head_dim);
-        let mut table = Vec::with_capacity(self.max_seq * head_dim);
-        for position in 0..self.max_seq {
-            for frequency in &frequencies {
-                let (sin, cos) = (position as f64 * f64::from(*frequency)).sin_cos();
-                table.extend([cos as f32, sin as f32]);
-            }
-        }
+        let table = rope_angles(rope, head_dim, self.max_seq);
         let table = DeviceBuffer::from_slice(&self.gpu, &table)?;
         let address = table.device_pointer();
         self.turns.insert(key, table);

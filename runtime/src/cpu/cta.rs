@@ -1,6 +1,6 @@
 //! A virtual CTA: what on the device is one SM's registers and shared memory.
 
-use mirage_compiler::mesh::{Share, share};
+use mirage_compiler::mesh::Share;
 use mirage_compiler::program::{Linear, Norm, Program, TILE};
 
 use super::Shared;
@@ -92,12 +92,11 @@ impl Cta {
 
     /// The head's tiles of this CTA.
     pub(super) fn head_slice(&self, program: &Program) -> (Share, Share) {
-        let rows = share(program.head.row_units, program.mesh.ctas, self.index);
         let k = Share {
             begin: 0,
             count: program.head.k_tiles,
         };
-        (rows, k)
+        (program.head_rows(self.index), k)
     }
 
     /// Writes values that begin at `begin` of a linear's whole input, those of them that `k` holds, to a column.

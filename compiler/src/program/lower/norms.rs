@@ -31,6 +31,7 @@ impl NormTable {
         self.layer.push((norm.gamma, at));
         self.stride += self.lengths[norm.gamma.0 as usize].next_multiple_of(8);
         Norm {
+            gamma: norm.gamma,
             gamma_at: at,
             gamma_stride: 0,
             eps: norm.eps,
@@ -40,6 +41,7 @@ impl NormTable {
     pub(super) fn add_last(&mut self, norm: FusedNorm) -> Norm {
         self.last = Some(norm.gamma);
         Norm {
+            gamma: norm.gamma,
             gamma_at: 0,
             gamma_stride: 0,
             eps: norm.eps,

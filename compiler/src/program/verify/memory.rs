@@ -52,6 +52,7 @@ pub(super) fn check_norms(program: &Program) -> Result<(), Violation> {
     let of_heads = [a.q_norm, a.k_norm].map(|norm| (a.name.as_str(), norm, a.head_dim));
     for (name, norm, width) in of_linears.chain(of_heads) {
         let Some(Norm {
+            gamma,
             gamma_at,
             gamma_stride,
             ..
@@ -62,18 +63,26 @@ pub(super) fn check_norms(program: &Program) -> Result<(), Violation> {
         let there = norms
             .layer
             .iter()
-            .any(|&(weight, at)| at == gamma_at && length(weight) == width);
+            .any(|&(weight, at)| weight == gamma && at == gamma_at && length(weight) == width);
         ensure(
             there && gamma_at.is_multiple_of(2) && gamma_stride == norms.layer_stride,
             Rule::Norms,
             name,
-            || format!("no gamma of {width} elements at {gamma_at}, every {gamma_stride}"),
+            || {
+                format!(
+                    "its gamma {} of {width} elements is not at {gamma_at}, every {gamma_stride}",
+                    gamma.0
+                )
+            },
         )?;
     }
     let last_at = program.layers * norms.layer_stride;
     let last = norms.last.map_or(0, length);
     if let Some(norm) = program.head.norm {
-        let there = norm.gamma_at == last_at && last == program.hidden && last_at.is_multiple_of(2);
+        let there = norms.last == Some(norm.gamma)
+            && norm.gamma_at == last_at
+            && last == program.hidden
+            && last_at.is_multiple_of(2);
         ensure(there, Rule::Norms, &program.head.name, || {
             format!(
                 "no gamma of {} elements at {}",
