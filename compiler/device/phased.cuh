@@ -31,20 +31,6 @@ struct PhasedParams {
   uint64_t layer;
 };
 
-// Lets the next kernel of the chain start; it waits in await_previous_kernel.
-MIRAGE_DEVICE void allow_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-// Waits until the kernels before this one have ended and their writes are visible.
-MIRAGE_DEVICE void await_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // Bytes of a slice in a CTA's stream.
 MIRAGE_DEVICE size_t bytes_of(const Slice& slice) {
   return static_cast<size_t>(slice.rows.count) * slice.k.count * 512;

@@ -29,4 +29,8 @@ MIRAGE_DEVICE void fetch_page(void* page, const uint8_t* source, uint32_t bytes,
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(full)) : "memory");
 }
 
+// Here a kernel of a chain starts only once the one before it has ended: there is nothing to allow or to wait for.
+MIRAGE_DEVICE void allow_next_kernel() {}
+MIRAGE_DEVICE void await_previous_kernel() {}
+
 }  // namespace mirage

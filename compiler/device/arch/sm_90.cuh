@@ -35,4 +35,10 @@ MIRAGE_DEVICE void fetch_page(void* page, const uint8_t* source, uint32_t bytes,
       : "memory");
 }
 
+// Lets the next kernel of a chain start while this one runs; it waits in await_previous_kernel.
+MIRAGE_DEVICE void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Waits until the kernels before this one have ended and their writes are visible.
+MIRAGE_DEVICE void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 }  // namespace mirage
