@@ -44,6 +44,29 @@ impl Bench {
         self.command(&line).output().expect("the binary starts")
     }
 
+    /// A run that gets Ctrl-C once it says `when` on stderr; with what it says there afterwards.
+    #[cfg(unix)]
+    fn interrupted(&self, line: &str, when: &str) -> (Output, Vec<String>) {
+        use std::io::{BufRead as _, BufReader};
+
+        let mut child = self
+            .command(line)
+            .stderr(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let mut lines = BufReader::new(child.stderr.take().expect("stderr"))
+            .lines()
+            .map_while(Result::ok);
+        assert!(lines.any(|line| line.contains(when)), "it comes to {when}");
+        let pid = child.id().to_string();
+        let killed = Command::new("kill").args(["-INT", &pid]).status();
+        assert!(killed.expect("kill").success());
+        // Read on, so that the pipe does not fill.
+        let rest = lines.collect();
+        (child.wait_with_output().expect("it ends"), rest)
+    }
+
     fn read(&self, name: &str) -> String {
         fs::read_to_string(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
     }
@@ -503,33 +526,11 @@ fn a_point_is_measured_once() {
 #[test]
 #[cfg(unix)]
 fn ctrl_c_leaves_a_valid_partial_report() {
-    use std::io::{BufRead as _, BufReader};
-
     let bench = Bench::new();
-    let mut child = bench
-        .command("--max-tokens 4 --num-warmup 0 --num-iterations 100000 --batch-sizes 1 2 --categories short --verbose")
-        .stderr(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the binary starts");
-    let mut lines = BufReader::new(child.stderr.take().expect("stderr"))
-        .lines()
-        .map_while(Result::ok);
-    assert!(
-        lines.any(|line| line.contains("iteration 2 of")),
-        "it measures"
+    let (output, rest) = bench.interrupted(
+        "--max-tokens 4 --num-warmup 0 --num-iterations 100000 --batch-sizes 1 2 --categories short --verbose",
+        "iteration 2 of",
     );
-    let pid = child.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-INT", &pid])
-            .status()
-            .expect("kill")
-            .success()
-    );
-    // Read on, so that the pipe does not fill.
-    let rest: Vec<String> = lines.collect();
-    let output = child.wait_with_output().expect("it ends");
     assert_eq!(output.status.code(), Some(130), "{rest:?}");
     let results = bench.results();
     assert_eq!(results["complete"], false);
@@ -551,25 +552,12 @@ fn ctrl_c_leaves_a_valid_partial_report() {
 #[test]
 #[cfg(unix)]
 fn ctrl_c_before_anything_was_measured_leaves_older_reports() {
-    use std::io::{BufRead as _, BufReader};
-
     let bench = Bench::new();
     fs::write(bench.path("benchmark_results.json"), "older").expect("a file");
-    let mut child = bench
-        .command("--max-tokens 4 --num-warmup 100000 --batch-sizes 1 --categories short --verbose")
-        .stderr(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the binary starts");
-    let mut lines = BufReader::new(child.stderr.take().expect("stderr"))
-        .lines()
-        .map_while(Result::ok);
-    assert!(lines.any(|line| line.contains("preparing")), "it begins");
-    let pid = child.id().to_string();
-    let killed = Command::new("kill").args(["-INT", &pid]).status();
-    assert!(killed.expect("kill").success());
-    let rest: Vec<String> = lines.collect();
-    let output = child.wait_with_output().expect("it ends");
+    let (output, rest) = bench.interrupted(
+        "--max-tokens 4 --num-warmup 100000 --batch-sizes 1 --categories short --verbose",
+        "preparing",
+    );
     assert_eq!(output.status.code(), Some(130), "{rest:?}");
     assert!(
         rest.iter()
