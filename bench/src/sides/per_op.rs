@@ -118,7 +118,7 @@ impl Side for PerOp<'_> {
             key: key.to_owned(),
             label: label.to_owned(),
             description: format!(
-                "the unfused graph, one kernel for each operator, cuBLASLt or cuBLAS for the matrix products, the fastest \
+                "the unfused graph, one kernel for each operator, cuBLASLt for the matrix products with the fastest \
                  algorithm of each shape; {launches}"
             ),
             role: Role::Baseline,

@@ -1,9 +1,9 @@
 //! The per-op baseline: the unfused graph on the GPU, one launch for each operator.
 //!
 //! Owns the comparison that the megakernel's speed is measured against, made as a good engineer makes it without a
-//! compiler: every linear through cuBLASLt or cuBLAS with the algorithm that is fastest for its shape, vectorised kernels
-//! for the rest, attention split over positions, the sampler on the GPU, no wait of the host between steps. Same weights,
-//! KV cache, sampling definition and stop rule as the engine. It must not fuse or reorder operators, and it must not know a model:
+//! compiler: every linear through cuBLASLt with the algorithm that is fastest for its shape, vectorised kernels for the
+//! rest, attention split over positions, the sampler on the GPU, no wait of the host between steps. Same weights, KV cache,
+//! sampling definition and stop rule as the engine. It must not fuse or reorder operators, and it must not know a model:
 //! it walks the [`TypedGraph`], so another decoder needs no change here.
 //!
 //! Numerics: weights and values bf16, residual stream too, as PyTorch runs such a model; f32 inside each operator and

@@ -15,9 +15,6 @@ use crate::baseline::BaselineError;
 /// Names of the library, best first.
 const NAMES: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
 
-/// Names of cuBLAS, which cuBLASLt comes with.
-const CUBLAS_NAMES: [&str; 2] = ["libcublas.so.13", "libcublas.so.12"];
-
 /// Where NVIDIA's wheels have it, below a folder that Python imports from.
 const IN_WHEEL: [&str; 2] = ["nvidia/cu13/lib", "nvidia/cublas/lib"];
 
@@ -101,7 +98,6 @@ fn open(library: &Path, label: &str, looked: &mut Vec<String>) -> bool {
         Ok(loaded) => {
             // Stays for the life of the process, as the bindings' own handle does.
             std::mem::forget(loaded);
-            open_cublas_beside(library);
             // SAFETY: only opens and closes the library.
             let usable = unsafe { sys::is_culib_present() };
             if !usable {
@@ -117,23 +113,6 @@ fn open(library: &Path, label: &str, looked: &mut Vec<String>) -> bool {
             false
         }
     }
-}
-
-/// Loads cuBLAS from the folder that cuBLASLt is from, if it is there: they belong together.
-fn open_cublas_beside(library: &Path) {
-    let beside = CUBLAS_NAMES.iter().map(|name| library.with_file_name(name));
-    if let Some(found) = beside.into_iter().find(|library| library.is_file()) {
-        // SAFETY: NVIDIA's library, whose initialisers are safe to run.
-        if let Ok(loaded) = unsafe { libloading::Library::new(found) } {
-            std::mem::forget(loaded);
-        }
-    }
-}
-
-/// Whether cuBLAS is there too, once [`load`] was called.
-pub(super) fn has_cublas() -> bool {
-    // SAFETY: only opens and closes the library.
-    unsafe { cudarc::cublas::sys::is_culib_present() }
 }
 
 /// The folders of packages in a virtual environment.

@@ -1,31 +1,24 @@
-//! Matrix products through cuBLASLt and cuBLAS, each with the algorithm that was fastest here.
+//! Matrix products through cuBLASLt, each with the algorithm that was fastest here.
 //!
-//! Owns the libraries' handles, their workspace, and one [`Matmul`] for every shape and number of rows. bf16 in, f32
+//! Owns the cuBLASLt handle, its workspace, and one [`Matmul`] for every shape and number of rows. bf16 in, f32
 //! accumulation, bf16 or f32 out. It must not know operators.
 //!
-//! How the algorithm is chosen: cuBLASLt names up to [`CANDIDATES`] of them, and cuBLAS, where it is there, has a choice of
-//! its own, which counts if it computes the same; each multiplies all of the model's matrices
+//! How the algorithm is chosen: cuBLASLt names up to [`CANDIDATES`] of them; each multiplies all of the model's matrices
 //! of that shape, one after the other as in a decode step, so that they come from memory and not from the L2 cache; the
 //! launches are replayed from a CUDA graph, so that the host's pace does not count; the fastest of [`ROUNDS`] rounds
 //! decides.
 
-mod gemm;
 mod library;
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::fmt::Debug;
 
-use bytemuck::Pod;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
-use cudarc::driver::sys as driver;
-use gemm::Gemm;
-use half::bf16;
 
 use super::BaselineError;
 use super::program::{MatmulShape, Operands};
-use crate::gpu::{DeviceBuffer, Event, Gpu, GpuError, Stream, check};
+use crate::gpu::{DeviceBuffer, Event, Gpu, Stream};
 
 /// Algorithms that are tried for each shape.
 const CANDIDATES: usize = 16;
@@ -37,15 +30,10 @@ const WORKSPACE: usize = 32 << 20;
 /// `cublasOperation_t` belongs to cuBLAS, whose bindings are not otherwise needed.
 const CUBLAS_OP_T: i32 = 1;
 
-/// How much two algorithms' results may differ, in units of their root mean square: far above what the order of additions
-/// and rounding to bf16 make, far below what another product would.
-const TOLERANCE: f32 = 0.05;
-
-/// The libraries on one GPU, and what it has learnt about the shapes so far.
+/// cuBLASLt on one GPU, and what it has learnt about the shapes so far.
 pub(super) struct Blas {
     gpu: Gpu,
     handle: sys::cublasLtHandle_t,
-    gemm: Option<Gemm>,
     workspace: DeviceBuffer<u8>,
     known: BTreeMap<(MatmulShape, usize), Matmul>,
 }
@@ -53,21 +41,12 @@ pub(super) struct Blas {
 /// A prepared product.
 struct Matmul {
     layout: Layout,
-    algorithm: Algorithm,
+    algorithm: sys::cublasLtMatmulAlgo_t,
     /// Of one launch, as timed.
     microseconds: f64,
 }
 
-/// Who does a product, and how.
-#[derive(Clone, Copy)]
-enum Algorithm {
-    /// cuBLASLt, by this algorithm.
-    Lt(sys::cublasLtMatmulAlgo_t),
-    /// cuBLAS, by its own choice.
-    Cublas,
-}
-
-// SAFETY: the libraries' handles and descriptions may be used from any thread, by one at a time, as `Blas` not being `Sync`
+// SAFETY: cuBLASLt's handle and descriptions may be used from any thread, by one at a time, as `Blas` not being `Sync`
 // ensures.
 unsafe impl Send for Blas {}
 
@@ -84,8 +63,8 @@ impl Blas {
             inputs: 0,
             full_precision: false,
         };
-        let handle = result::create_handle()
-            .map_err(|error| failed("cublasLtCreate", &error.0, start, 0))?;
+        let handle =
+            result::create_handle().map_err(|error| failed("cublasLtCreate", &error, start, 0))?;
         let workspace = DeviceBuffer::zeroed(gpu, WORKSPACE).inspect_err(|_| {
             // SAFETY: just created and not used again.
             let _ = unsafe { result::destroy_handle(handle) };
@@ -93,7 +72,6 @@ impl Blas {
         Ok(Self {
             gpu: gpu.clone(),
             handle,
-            gemm: Gemm::new(),
             workspace,
             known: BTreeMap::new(),
         })
@@ -101,7 +79,6 @@ impl Blas {
 
     /// Chooses the algorithm for `rows` rows of `shape`, if it is not known yet. `operands` are all the model's products
     /// of that shape; their results are overwritten.
-    /// Work on `stream` is waited for.
     ///
     /// # Errors
     /// No algorithm for the shape, or a failing call.
@@ -120,18 +97,9 @@ impl Blas {
         }
         self.gpu.bind()?;
         let layout = Layout::new(shape, rows)?;
-        let mut candidates = self.candidates(&layout)?;
-        if self.gemm.is_some()
-            && candidates.first().is_some_and(|&first| {
-                // SAFETY: the caller's promise.
-                unsafe { self.same(stream, &layout, [first, Algorithm::Cublas], operands) }
-            })
-        {
-            candidates.push(Algorithm::Cublas);
-        }
-        let mut best: Option<(f64, Algorithm)> = None;
+        let mut best: Option<(f64, sys::cublasLtMatmulAlgo_t)> = None;
         let mut refusal = None;
-        for algorithm in candidates {
+        for algorithm in self.candidates(&layout)? {
             // SAFETY: the caller's promise.
             match unsafe { self.time(stream, &layout, &algorithm, operands) } {
                 Ok(microseconds) => {
@@ -144,7 +112,7 @@ impl Blas {
             }
         }
         let Some((microseconds, algorithm)) = best else {
-            let none = sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED;
+            let none = CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
             return Err(refusal
                 .unwrap_or_else(|| failed("cublasLtMatmulAlgoGetHeuristic", &none, shape, rows)));
         };
@@ -174,7 +142,7 @@ impl Blas {
         operands: Operands,
     ) -> Result<(), BaselineError> {
         let Some(matmul) = self.known.get(&(shape, rows)) else {
-            let none = sys::cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED;
+            let none = CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED);
             return Err(failed("cublasLtMatmul", &none, shape, rows));
         };
         self.gpu.bind()?;
@@ -189,7 +157,7 @@ impl Blas {
             .map(|matmul| matmul.microseconds)
     }
 
-    fn candidates(&self, layout: &Layout) -> Result<Vec<Algorithm>, BaselineError> {
+    fn candidates(&self, layout: &Layout) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, BaselineError> {
         let preference = Preference::new(layout)?;
         // SAFETY: plain data that the call overwrites up to `count`.
         let mut results: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] =
@@ -219,54 +187,8 @@ impl Blas {
         Ok(results[..count]
             .iter()
             .filter(usable)
-            .map(|found| Algorithm::Lt(found.algo))
+            .map(|found| found.algo)
             .collect())
-    }
-
-    /// Whether two algorithms make the same of random numbers, as far as floating point goes. One that fails does not.
-    ///
-    /// # Safety
-    /// As [`Self::prepare`].
-    unsafe fn same(
-        &self,
-        stream: &Stream,
-        layout: &Layout,
-        algorithms: [Algorithm; 2],
-        operands: &[Operands],
-    ) -> bool {
-        let Some(&first) = operands.first() else {
-            return false;
-        };
-        let inputs = layout.rows * layout.shape.inputs;
-        let outputs = layout.rows * layout.shape.outputs;
-        let run = || -> Result<bool, BaselineError> {
-            let mut kept = vec![bf16::ZERO; inputs];
-            // SAFETY: the operands have these sizes; what the input held is put back below.
-            unsafe { read(stream, first.input, &mut kept) }?;
-            let numbers: Vec<bf16> = (0..inputs as u64).map(noise).collect();
-            // SAFETY: as above.
-            unsafe { write(stream, first.input, &numbers) }?;
-            let results = algorithms.map(|algorithm| -> Result<Vec<f32>, BaselineError> {
-                // SAFETY: the caller's promise.
-                unsafe { self.launch(stream, layout, &algorithm, first) }?;
-                if layout.shape.full_precision {
-                    let mut out = vec![0f32; outputs];
-                    // SAFETY: the result has this size.
-                    unsafe { read(stream, first.out, &mut out) }?;
-                    Ok(out)
-                } else {
-                    let mut out = vec![bf16::ZERO; outputs];
-                    // SAFETY: the result has this size.
-                    unsafe { read(stream, first.out, &mut out) }?;
-                    Ok(out.into_iter().map(f32::from).collect())
-                }
-            });
-            // SAFETY: as above.
-            unsafe { write(stream, first.input, &kept) }?;
-            let [a, b] = results;
-            Ok(alike(&a?, &b?))
-        };
-        run().unwrap_or(false)
     }
 
     /// Microseconds of one product, the mean over all `operands`, in the fastest round.
@@ -277,7 +199,7 @@ impl Blas {
         &self,
         stream: &Stream,
         layout: &Layout,
-        algorithm: &Algorithm,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
         operands: &[Operands],
     ) -> Result<f64, BaselineError> {
         // Once by itself: a candidate that does not run shows it here, and its kernel is loaded.
@@ -315,24 +237,9 @@ impl Blas {
         &self,
         stream: &Stream,
         layout: &Layout,
-        algorithm: &Algorithm,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
         operands: Operands,
     ) -> Result<(), BaselineError> {
-        let algorithm = match (algorithm, &self.gemm) {
-            (Algorithm::Lt(algorithm), _) => algorithm,
-            (Algorithm::Cublas, Some(gemm)) => {
-                // SAFETY: the caller's promise.
-                let done = unsafe {
-                    gemm.launch(stream, &self.workspace, layout.shape, layout.rows, operands)
-                };
-                return done
-                    .map_err(|error| failed("cublasGemmEx", &error.0, layout.shape, layout.rows));
-            }
-            (Algorithm::Cublas, None) => {
-                let none = sys::cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED;
-                return Err(failed("cublasGemmEx", &none, layout.shape, layout.rows));
-            }
-        };
         let (alpha, beta) = (1f32, 0f32);
         let address = |address: u64| address as *mut c_void;
         // SAFETY: the handles are alive, alpha and beta are read before the call returns (they are in the host's memory,
@@ -364,51 +271,10 @@ impl Blas {
 impl Drop for Blas {
     fn drop(&mut self) {
         if self.gpu.bind().is_ok() {
-            self.gemm = None;
             // SAFETY: created once, destroyed once.
             let _ = unsafe { result::destroy_handle(self.handle) };
         }
     }
-}
-
-/// Numbers between -1 and 1 that look random.
-fn noise(index: u64) -> bf16 {
-    // The finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
-    let mut x = index.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^= x >> 31;
-    bf16::from_f32((x >> 40) as f32 / (1 << 23) as f32 - 1.0)
-}
-
-/// Whether two results are the same up to [`TOLERANCE`].
-fn alike(a: &[f32], b: &[f32]) -> bool {
-    let mean_square = a.iter().map(|a| a * a).sum::<f32>() / a.len().max(1) as f32;
-    let largest = TOLERANCE * mean_square.sqrt();
-    // Written so that a number which is none is no likeness.
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= largest)
-}
-
-/// # Safety
-/// `address` must be one of device memory that holds as much; a context must be current.
-unsafe fn read<T: Pod>(stream: &Stream, address: u64, to: &mut [T]) -> Result<(), GpuError> {
-    let bytes = size_of_val(to);
-    // SAFETY: the caller's promise; waited for below.
-    check("cuMemcpyDtoHAsync", unsafe {
-        driver::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), address, bytes, stream.raw())
-    })?;
-    stream.synchronize()
-}
-
-/// # Safety
-/// `address` must be one of device memory that holds as much; a context must be current.
-unsafe fn write<T: Pod>(stream: &Stream, address: u64, from: &[T]) -> Result<(), GpuError> {
-    let bytes = size_of_val(from);
-    // SAFETY: the caller's promise; waited for below.
-    check("cuMemcpyHtoDAsync", unsafe {
-        driver::cuMemcpyHtoDAsync_v2(address, from.as_ptr().cast(), bytes, stream.raw())
-    })?;
-    stream.synchronize()
 }
 
 /// cuBLASLt's description of a product.
@@ -475,7 +341,7 @@ impl Layout {
         call: &'static str,
         result: Result<T, CublasError>,
     ) -> Result<T, BaselineError> {
-        result.map_err(|error| failed(call, &error.0, self.shape, self.rows))
+        result.map_err(|error| failed(call, &error, self.shape, self.rows))
     }
 }
 
@@ -528,11 +394,11 @@ impl Drop for Preference {
 
 fn failed(
     call: &'static str,
-    status: &dyn Debug,
+    error: &CublasError,
     shape: MatmulShape,
     rows: usize,
 ) -> BaselineError {
-    let status = format!("{status:?}");
+    let status = format!("{:?}", error.0);
     BaselineError::Blas {
         call,
         status,
@@ -545,21 +411,6 @@ fn failed(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn another_product_is_not_alike() {
-        let a: Vec<f32> = (0..4096).map(|i| noise(i).to_f32()).collect();
-        let rounded: Vec<f32> = a.iter().map(|a| a * (1.0 + 1.0 / 256.0)).collect();
-        assert!(alike(&a, &a) && alike(&a, &rounded));
-        let shifted: Vec<f32> = a.iter().copied().cycle().skip(1).take(4096).collect();
-        assert!(!alike(&a, &shifted) && !alike(&a, &a[1..]));
-        let mut broken = a.clone();
-        broken[7] = f32::NAN;
-        assert!(!alike(&a, &broken) && !alike(&broken, &a));
-        assert!(a.iter().all(|a| (-1.0..=1.0).contains(a)));
-        let mean = a.iter().sum::<f32>() / 4096.0;
-        assert!(mean.abs() < 0.05, "{mean}");
-    }
 
     /// On a machine without the library, the error says where it was looked for; with it, there is none.
     #[test]
