@@ -6,6 +6,9 @@ baseline is timed: as many different bfloat16 matrices of a shape as the model h
 CUDA graph, the fastest of some rounds. Before each round twice the L2 cache of other data is read, so that matrices come
 from memory: where they lie would else decide how much of the last round's is still in the cache. Random values.
 
+Once a process has used a few streams and graphs, the pauses between the kernels of every graph are 0.3 us longer than
+before (H100, driver 580). An engine runs in that state, and so does the baseline: some graphs are replayed first.
+
     mirage-bench --output-json results.json
     python3 bench/external/torch_matmul.py results.json
 """
@@ -17,6 +20,8 @@ import pathlib
 import torch
 
 ROUNDS = 20
+# Graphs that are recorded and replayed before any counts.
+FIRST_GRAPHS = 8
 
 
 def microseconds(batch, outputs, inputs, launches):
@@ -58,6 +63,8 @@ def main():
         "| batch | product | matrix | per-op baseline | PyTorch | ratio |",
         "|--:|---|--:|--:|--:|--:|",
     ]
+    for _ in range(FIRST_GRAPHS):
+        microseconds(1, 1024, 1024, 8)
     for point in results["points"]:
         side = next((side for side in point["sides"] if side["matrix_products"]), None)
         for product in side["matrix_products"] if side else []:
