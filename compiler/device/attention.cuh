@@ -1,13 +1,16 @@
 // Causal grouped-query attention of one layer, with q/k norm, RoPE and the KV cache.
 //
-// A group of the mesh holds whole KV heads. Each of its members gathers the group's q, k and v of all columns, then
-// works on tasks: one column, one KV head, some of its query heads, and one of `kSplits` interleaved parts of the
-// positions. The parts of a head are merged by whoever gathers them. Positions are walked in an order that depends on
-// the position alone, so a column's result does not depend on what else is in the step.
+// A group of the mesh holds whole KV heads. Its members work on tasks: one column, one KV head, some of its query
+// heads, and one of up to `kSplits` parts of the positions. Positions go to the parts in turns, a stripe at a time, so
+// a column has no more parts than stripes: which ones depends on its position alone, and a column's result does not
+// depend on what else is in the step. The parts of a head are merged by whoever gathers them.
 //
-// A, an attention: kHeads and kKvHeads of a group, kAllKvHeads, kHeadDim, kHeadsPerTask (query heads that share a read
-// of K and V), kScale (of the scores, times log2 e), kQNorm, kQGammaAt and kQEps, the same of K, kGammaStride, kWidth
-// (a group's q, k and v rows), kSlots, kMaxSeq, kWordsAt.
+// Where columns are positions of one sequence (prefill), a member gathers q, k and v of all columns; where every column
+// is a sequence of its own (decode), only its task's.
+//
+// A, an attention: kLayers of the model; kHeads and kKvHeads of a group, kAllKvHeads, kHeadDim, kHeadsPerTask (query
+// heads that share a read of K and V), kScale (of the scores, times log2 e), kQNorm, kQGammaAt and kQEps, the same of
+// K, kGammaStride, kWidth (a group's q, k and v rows), kSlots, kMaxSeq, kWordsAt.
 #pragma once
 #include "exchange.cuh"
 
@@ -33,20 +36,30 @@ struct KvTile {
   static constexpr int kElements = 8;
   static constexpr int kLanes = A::kHeadDim / kElements;
   static constexpr int kAtOnce = kWarp / kLanes;
-  static constexpr int kRound = kAtOnce * kConsumerWarps;  // positions a CTA reads at once
-  static constexpr int kUnroll = 4;
+  static constexpr int kStripe = kAtOnce * kConsumerWarps;  // positions a CTA reads at once
+  static constexpr int kUnroll = 4;                         // stripes of a split on their way together
 };
+
+// Parts of a column's positions 0 to `position` that are not empty.
+template <class A, int S>
+MIRAGE_DEVICE int active_splits(uint32_t position) {
+  return min_of(S, static_cast<int>(position) / KvTile<A>::kStripe + 1);
+}
 
 template <class A>
 struct KvBatch {
   uint4 k[KvTile<A>::kUnroll], v[KvTile<A>::kUnroll];
 };
 
-// Position number u of this lane in the batch that begins `round` rounds into split `split` of S.
+// First position of stripe number `stripe` of split `split` of S, and this lane's.
 template <class A, int S>
-MIRAGE_DEVICE int kv_position(const Place& at, int round, int split, int u) {
+MIRAGE_DEVICE int stripe_begin(int stripe, int split) {
+  return (stripe * S + split) * KvTile<A>::kStripe;
+}
+template <class A, int S>
+MIRAGE_DEVICE int kv_position(const Place& at, int stripe, int split) {
   typedef KvTile<A> T;
-  return ((round + u) * S + split) * T::kRound + at.warp * T::kAtOnce + at.lane / T::kLanes;
+  return stripe_begin<A, S>(stripe, split) + at.warp * T::kAtOnce + at.lane / T::kLanes;
 }
 
 template <class A>
@@ -55,18 +68,30 @@ MIRAGE_DEVICE size_t kv_row(int layer, int slot, int kv_head, int position) {
          A::kHeadDim;
 }
 
-// Loads what the cache holds of a batch: the positions below `cached`.
+// The cache rows of a sequence's KV head in a layer.
+struct KvRows {
+  const bf16* keys;
+  const bf16* values;
+};
+
+template <class A>
+MIRAGE_DEVICE KvRows kv_rows(const Params& params, int layer, int slot, int kv_head) {
+  const size_t first = kv_row<A>(layer, max_of(slot, 0), kv_head, 0);
+  return KvRows{params.keys + first, params.values + first};
+}
+
+// Loads what the cache holds of a batch that begins with stripe `first`: the positions below `cached`.
 template <class A, int S>
-MIRAGE_DEVICE void load_cached(KvBatch<A>& batch, const Params& params, const Place& at, int layer, int slot,
-                               int kv_head, int round, int split, int cached) {
+MIRAGE_DEVICE void load_cached(KvBatch<A>& batch, const KvRows& rows, const Place& at, int first, int split,
+                               int cached) {
 #pragma unroll
   for (int u = 0; u < KvTile<A>::kUnroll; u++) {
-    const int j = kv_position<A, S>(at, round, split, u);
+    const int j = kv_position<A, S>(at, first + u, split);
     batch.k[u] = batch.v[u] = make_uint4(0, 0, 0, 0);
     if (j < cached) {
-      const size_t e = kv_row<A>(layer, slot, kv_head, j) + at.lane % KvTile<A>::kLanes * KvTile<A>::kElements;
-      batch.k[u] = load_l2(reinterpret_cast<const uint4*>(params.keys + e));
-      batch.v[u] = load_l2(reinterpret_cast<const uint4*>(params.values + e));
+      const uint32_t e = j * A::kHeadDim + at.lane % KvTile<A>::kLanes * KvTile<A>::kElements;
+      batch.k[u] = load_l2(reinterpret_cast<const uint4*>(rows.keys + e));
+      batch.v[u] = load_l2(reinterpret_cast<const uint4*>(rows.values + e));
     }
   }
 }
@@ -122,35 +147,141 @@ struct HeadLane {
   }
 };
 
-// Makes the gathered q and k ready for scores, and appends k and v to the cache (each column by one member).
-template <class A, int C, class Mesh, class R>
-MIRAGE_DEVICE void prepare_heads(Context<R>& x, int layer, const HeadLane<A>& q_gamma, const HeadLane<A>& k_gamma) {
+enum class HeadKind { kQuery, kKey, kValue };
+
+// Makes a gathered head ready for scores, by one warp: norm, RoPE, and for queries the scale. Keys and values go to the
+// cache row `append`, if there is one.
+template <class A, class R>
+MIRAGE_DEVICE void prepare_head(Context<R>& x, HeadKind kind, bf16* head, const HeadLane<A>& gamma, int column,
+                                bf16* append) {
+  if (kind == HeadKind::kValue && !append) return;
+  HeadLane<A> values;
+  values.load(head, x.at.lane);
+  if (kind != HeadKind::kValue) {
+    if (kind == HeadKind::kQuery ? A::kQNorm : A::kKNorm)
+      values.norm(gamma, kind == HeadKind::kQuery ? A::kQEps : A::kKEps);
+    values.rotate(x.rope + column * (A::kHeadDim / 2), x.at.lane);
+    if (kind == HeadKind::kQuery) values.scale(A::kScale);
+    values.store(head, x.at.lane);
+  }
+  if (kind != HeadKind::kQuery && append) values.store(append, x.at.lane);
+}
+
+// The cache row of a column's own position.
+template <class A, class R>
+MIRAGE_DEVICE bf16* append_to(Context<R>& x, HeadKind kind, int layer, int column, int kv_head) {
+  const size_t row = kv_row<A>(layer, x.columns.slot[column], x.at.group * A::kKvHeads + kv_head,
+                               static_cast<int>(x.columns.position[column]));
+  return (kind == HeadKind::kKey ? x.params.keys : x.params.values) + row;
+}
+
+// One of two, register by register: a reference to either would put both in memory.
+template <class A>
+MIRAGE_DEVICE HeadLane<A> choose(bool first, const HeadLane<A>& a, const HeadLane<A>& b) {
+  HeadLane<A> chosen;
+#pragma unroll
+  for (int i = 0; i < HeadLane<A>::kPairs; i++) {
+    chosen.low[i] = first ? a.low[i] : b.low[i];
+    chosen.high[i] = first ? a.high[i] : b.high[i];
+  }
+  return chosen;
+}
+
+// What a task is about; `q_head` and `kv_head` count within the group.
+struct AttentionTask {
+  int split, q_head, kv_head, column;
+};
+
+template <class A, class Mesh, int C, int S>
+MIRAGE_DEVICE AttentionTask task_of(int index) {
+  typedef AttentionTasks<A, Mesh, C, S> T;
+  const int block = index / S % T::kHeadBlocks, kv_head = index / S / T::kHeadBlocks % A::kKvHeads;
+  return AttentionTask{index % S, kv_head * T::kQPerKv + block * A::kHeadsPerTask, kv_head,
+                       index / S / T::kHeadBlocks / A::kKvHeads};
+}
+
+// Whether one of a member's tasks is about a query head of a column.
+template <class A, class Mesh, int C, int S>
+MIRAGE_DEVICE bool has_task(int member, int column, int q_head) {
+  typedef AttentionTasks<A, Mesh, C, S> T;
+  const int first = (column * A::kKvHeads * T::kHeadBlocks + q_head / A::kHeadsPerTask) * S;
+  return (member + Mesh::kMembers - first % Mesh::kMembers) % Mesh::kMembers < S;
+}
+
+// Gathers the group's q, k and v of all columns into the activation, [columns, kWidth padded], and makes them ready,
+// of the queries those of its own tasks. Each column's keys and values are appended to the cache by one member.
+template <class A, class Q, class Mesh, int C, int S, class R>
+MIRAGE_DEVICE void gather_all_heads(Context<R>& x, int layer, const HeadLane<A>& q_gamma, const HeadLane<A>& k_gamma,
+                                    uint32_t epoch) {
   constexpr int kPerColumn = A::kHeads + 2 * A::kKvHeads;
+  const int base = slice_of<typename Q::Source, Mesh>(x.at.group, 0).rows.begin * 16;
+  collect_all<Q, Mesh, C>(x.params.exchange, epoch, x.at, [&](int column, const Span& span, const Values& values) {
+    store_span(x.activation + column * padded(A::kWidth), span, values, base, A::kWidth);
+  });
+  sync_consumers();
+  x.mark(Mark::kCollected);
 #pragma unroll 1
   for (int item = x.at.warp; item < C * kPerColumn; item += kConsumerWarps) {
     const int column = item / kPerColumn, head = item % kPerColumn;
-    const int slot = x.columns.slot[column];
-    const bool appends = slot >= 0 && column % Mesh::kMembers == x.at.member;
-    bf16* row = x.activation + column * padded(A::kWidth) + head * A::kHeadDim;
-    HeadLane<A> values;
-    values.load(row, x.at.lane);
-    const int kv_head = (head - A::kHeads) % A::kKvHeads;
-    const size_t to =
-        kv_row<A>(layer, max_of(slot, 0), x.at.group * A::kKvHeads + max_of(kv_head, 0), x.columns.position[column]);
-    if (head < A::kHeads) {
-      if (A::kQNorm) values.norm(q_gamma, A::kQEps);
-      values.rotate(x.rope + column * (A::kHeadDim / 2), x.at.lane);
-      values.scale(A::kScale);
-      values.store(row, x.at.lane);
-    } else if (head < A::kHeads + A::kKvHeads) {
-      if (A::kKNorm) values.norm(k_gamma, A::kKEps);
-      values.rotate(x.rope + column * (A::kHeadDim / 2), x.at.lane);
-      values.store(row, x.at.lane);
-      if (appends) values.store(x.params.keys + to, x.at.lane);
-    } else if (appends) {
-      values.store(x.params.values + to, x.at.lane);
+    const bool appends = x.columns.slot[column] >= 0 && column % Mesh::kMembers == x.at.member;
+    if (head < A::kHeads && !has_task<A, Mesh, C, S>(x.at.member, column, head)) continue;
+    const HeadKind kind = head < A::kHeads                 ? HeadKind::kQuery
+                          : head < A::kHeads + A::kKvHeads ? HeadKind::kKey
+                                                           : HeadKind::kValue;
+    bf16* append = nullptr;
+    if (appends && kind != HeadKind::kQuery)
+      append = append_to<A>(x, kind, layer, column, (head - A::kHeads) % A::kKvHeads);
+    prepare_head<A>(x, kind, x.activation + column * padded(A::kWidth) + head * A::kHeadDim,
+                    choose(kind == HeadKind::kQuery, q_gamma, k_gamma), column, append);
+  }
+  sync_consumers();
+  x.mark(Mark::kPrepared);
+}
+
+// Gathers one task's q heads, k and v into the activation, [kHeadsPerTask + 2, kHeadDim], and makes them ready. Of the
+// tasks that share keys and values, the first appends them to the cache.
+template <class A, class Q, class Mesh, int C, class R>
+MIRAGE_DEVICE void gather_heads_of_task(Context<R>& x, const AttentionTask& task, int layer, const HeadLane<A>& q_gamma,
+                                        const HeadLane<A>& k_gamma, uint32_t epoch) {
+  typedef Producers<Q, Mesh> P;
+  constexpr int H = A::kHeadsPerTask, D = A::kHeadDim;
+  constexpr int kSteps = ceil_div(P::kUnits, kConsumers);
+  const int base = slice_of<typename Q::Source, Mesh>(x.at.group, 0).rows.begin * 16;
+  const int q = base + task.q_head * D, k = base + (A::kHeads + task.kv_head) * D, v = k + A::kKvHeads * D;
+  auto meets = [](const Span& span, int begin, int count) {
+    return span.begin < begin + count && span.begin + span.count > begin;
+  };
+#pragma unroll 1
+  for (int s = 0; s < kSteps; s++) {
+    const int unit = s * kConsumers + x.at.thread;
+    int units[1] = {-1};
+    Span span{0, 0};
+    if (unit < P::kUnits) {
+      span = span_of_unit<Q, Mesh>(P::of_unit(unit / Q::Source::kWords, x.at), unit % Q::Source::kWords);
+      if (span.count > 0 && (meets(span, q, H * D) || meets(span, k, D) || meets(span, v, D))) units[0] = unit;
+    }
+    Values values[1];
+    collect_units<Q, Mesh>(values, units, task.column, C, epoch, x.params.exchange, x.at);
+    if (units[0] >= 0) {
+      store_span(x.activation, span, values[0], q, H * D);
+      store_span(x.activation + H * D, span, values[0], k, D);
+      store_span(x.activation + (H + 1) * D, span, values[0], v, D);
     }
   }
+  sync_consumers();
+  x.mark(Mark::kCollected);
+  const bool appends =
+      x.columns.slot[task.column] >= 0 && task.split == 0 && task.q_head % (A::kHeads / A::kKvHeads) == 0;
+#pragma unroll 1
+  for (int head = x.at.warp; head < H + 2; head += kConsumerWarps) {
+    const HeadKind kind = head < H ? HeadKind::kQuery : head == H ? HeadKind::kKey : HeadKind::kValue;
+    bf16* append = nullptr;
+    if (appends && kind != HeadKind::kQuery) append = append_to<A>(x, kind, layer, task.column, task.kv_head);
+    prepare_head<A>(x, kind, x.activation + head * D, choose(kind == HeadKind::kQuery, q_gamma, k_gamma), task.column,
+                    append);
+  }
+  sync_consumers();
+  x.mark(Mark::kPrepared);
 }
 
 // Running softmax of one query head over the positions a group of lanes has seen; scores are in powers of two.
@@ -174,36 +305,31 @@ MIRAGE_DEVICE void add_scaled(float (&out)[8], float p, const uint4& v) {
   out[7] += p * high_half(v.w);
 }
 
-// One batch of positions for the H query heads of a task.
+// One batch of positions for the H query heads of a task, of which the first `stripes` stripes hold any.
 template <class A, int H>
 MIRAGE_DEVICE void attend(Softmax (&state)[H], const float (&q)[H][8], const KvBatch<A>& batch,
-                          const bool (&valid)[KvTile<A>::kUnroll]) {
+                          const bool (&valid)[KvTile<A>::kUnroll], int stripes) {
   typedef KvTile<A> T;
 #pragma unroll
-  for (int h = 0; h < H; h++) {
-    float score[T::kUnroll];
+  for (int u = 0; u < T::kUnroll; u++) {
+    if (u >= stripes) break;  // the same for the whole CTA
+    float score[H];
 #pragma unroll
-    for (int u = 0; u < T::kUnroll; u++) score[u] = valid[u] ? dot(q[h], batch.k[u]) : 0.f;
+    for (int h = 0; h < H; h++) score[h] = dot(q[h], batch.k[u]);
 #pragma unroll
     for (int o = T::kLanes / 2; o > 0; o /= 2)
 #pragma unroll
-      for (int u = 0; u < T::kUnroll; u++) score[u] += __shfl_xor_sync(~0u, score[u], o);
-    float max = state[h].max;
+      for (int h = 0; h < H; h++) score[h] += __shfl_xor_sync(~0u, score[h], o);
 #pragma unroll
-    for (int u = 0; u < T::kUnroll; u++)
-      if (valid[u]) max = fmaxf(max, score[u]);
-    const float keep = exp2_fast(state[h].max - max);
-    state[h].max = max;
-    state[h].sum *= keep;
+    for (int h = 0; h < H; h++) {
+      const float max = valid[u] ? fmaxf(state[h].max, score[h]) : state[h].max;
+      const float keep = exp2_fast(state[h].max - max), p = valid[u] ? exp2_fast(score[h] - max) : 0.f;
+      state[h].max = max;
+      state[h].sum = state[h].sum * keep + p;
 #pragma unroll
-    for (int e = 0; e < 8; e++) state[h].out[e] *= keep;
-#pragma unroll
-    for (int u = 0; u < T::kUnroll; u++)
-      if (valid[u]) {
-        const float p = exp2_fast(score[u] - max);
-        state[h].sum += p;
-        add_scaled(state[h].out, p, batch.v[u]);
-      }
+      for (int e = 0; e < 8; e++) state[h].out[e] *= keep;
+      add_scaled(state[h].out, p, batch.v[u]);
+    }
   }
 }
 
@@ -250,13 +376,17 @@ MIRAGE_DEVICE void publish_task(Context<R>& x, int task, uint32_t epoch) {
   uint4* to = x.params.exchange + T::words(x.at.group, task, 0);
   publish_values<A::kHeadsPerTask, T::kValueWords>(to, T::kWords, A::kHeadDim, epoch, x.at, [&](int head, int e) {
     const float2 total = merged_max_sum<A>(x.scratch, head);
-    float v = 0.f;
+    float2 v = make_float2(0.f, 0.f);
 #pragma unroll
     for (int w = 0; w < kConsumerWarps; w++) {
       const float* r = WarpResult<A>::of(x.scratch, w, head);
-      v += exp2_fast(r[WarpResult<A>::kMax] - total.x) * r[e];
+      const float weight = exp2_fast(r[WarpResult<A>::kMax] - total.x);
+      const float2 part = *reinterpret_cast<const float2*>(r + e);
+      v.x += weight * part.x;
+      v.y += weight * part.y;
     }
-    return S == 1 && total.y > 0.f ? v / total.y : v;
+    const float scale = S == 1 && total.y > 0.f ? 1.f / total.y : 1.f;
+    return pack(v.x * scale, v.y * scale);
   });
   // The last warp has the fewest value words to publish.
   if (S > 1 && x.at.warp == kConsumerWarps - 1 && x.at.lane < A::kHeadsPerTask) {
@@ -266,85 +396,87 @@ MIRAGE_DEVICE void publish_task(Context<R>& x, int task, uint32_t epoch) {
   }
 }
 
-// The attention phase of a worker. Q: the exchange that brings q, k and v.
-template <class A, class Q, class Mesh, int C, int S, class R>
+// The attention phase of a worker. Q: the exchange that brings q, k and v. kAlone: every column is a sequence of its
+// own.
+template <class A, class Q, class Mesh, int C, int S, bool kAlone, class R>
 MIRAGE_DEVICE void attention(Context<R>& x, int layer, uint32_t epoch) {
   x.begin_phase();
   typedef AttentionTasks<A, Mesh, C, S> T;
   typedef KvTile<A> Tile;
   constexpr int H = A::kHeadsPerTask;
-  struct Task {
-    int split, q_head, kv_head, column;
-  };
-  auto decode = [](int task) {
-    const int block = task / S % T::kHeadBlocks, kv_head = task / S / T::kHeadBlocks % A::kKvHeads;
-    return Task{task % S, kv_head * T::kQPerKv + block * H, kv_head, task / S / T::kHeadBlocks / A::kKvHeads};
-  };
   auto cached_of = [&](int column) {
     return static_cast<int>(x.columns.position[column]) - (column - static_cast<int>(x.columns.first[column]));
   };
 
-  // Nothing here depends on the current token: ask for it before waiting for q, k and v.
+  // Old keys and values do not depend on the current token: they are asked for before q, k and v are waited for.
   KvBatch<A> batch = {};
-  if (x.at.member < T::kCount) {
-    const Task task = decode(x.at.member);
+  auto load_first = [&](int index) {
+    const AttentionTask task = task_of<A, Mesh, C, S>(index);
     const int slot = x.columns.slot[task.column];
-    if (slot >= 0)
-      load_cached<A, S>(batch, x.params, x.at, layer, slot, x.at.group * A::kKvHeads + task.kv_head, 0, task.split,
-                        cached_of(task.column));
-  }
+    load_cached<A, S>(batch, kv_rows<A>(x.params, layer, slot, x.at.group * A::kKvHeads + task.kv_head), x.at, 0,
+                      task.split, slot >= 0 ? cached_of(task.column) : 0);
+  };
+  if (!kAlone && x.at.member < T::kCount) load_first(x.at.member);
   HeadLane<A> q_gamma = {}, k_gamma = {};
   if (A::kQNorm) q_gamma.load(x.params.norms + A::kQGammaAt + static_cast<size_t>(layer) * A::kGammaStride, x.at.lane);
   if (A::kKNorm) k_gamma.load(x.params.norms + A::kKGammaAt + static_cast<size_t>(layer) * A::kGammaStride, x.at.lane);
-
-  const int base = slice_of<typename Q::Source, Mesh>(x.at.group, 0).rows.begin * 16;
-  collect_all<Q, Mesh, C>(x.params.exchange, epoch, x.at, [&](int column, const Span& span, const Values& values) {
-    store_span(x.activation + column * padded(A::kWidth), span, values, base, A::kWidth);
-  });
-  sync_consumers();
-  prepare_heads<A, C, Mesh>(x, layer, q_gamma, k_gamma);
-  sync_consumers();
+  if (!kAlone) gather_all_heads<A, Q, Mesh, C, S>(x, layer, q_gamma, k_gamma, epoch);
 
 #pragma unroll 1
   for (int index = x.at.member; index < T::kCount; index += Mesh::kMembers) {
-    const Task task = decode(index);
+    const AttentionTask task = task_of<A, Mesh, C, S>(index);
+    if (task.split >= active_splits<A, S>(x.columns.position[task.column])) continue;
     const int slot = x.columns.slot[task.column];
     const int position = slot >= 0 ? static_cast<int>(x.columns.position[task.column]) : -1;
     const int cached = cached_of(task.column);
-    const int kv_head = x.at.group * A::kKvHeads + task.kv_head;
+    const KvRows rows = kv_rows<A>(x.params, layer, slot, x.at.group * A::kKvHeads + task.kv_head);
     const int element = x.at.lane % Tile::kLanes * Tile::kElements;
+    if (kAlone || index != x.at.member) load_first(index);
+    if (kAlone) gather_heads_of_task<A, Q, Mesh, C>(x, task, layer, q_gamma, k_gamma, epoch);
+    // The task's first query head, and the keys and values of the first position that is not in the cache.
+    const bf16* queries = x.activation;
+    const bf16* fresh = x.activation + H * A::kHeadDim;
+    int value_after = A::kHeadDim;
+    if (!kAlone) {
+      queries += task.column * padded(A::kWidth) + task.q_head * A::kHeadDim;
+      fresh =
+          x.activation + x.columns.first[task.column] * padded(A::kWidth) + (A::kHeads + task.kv_head) * A::kHeadDim;
+      value_after = A::kKvHeads * A::kHeadDim;
+    }
     float q[H][8];
     Softmax state[H];
 #pragma unroll
     for (int h = 0; h < H; h++) {
-      const bf16* row = x.activation + task.column * padded(A::kWidth) + (task.q_head + h) * A::kHeadDim + element;
 #pragma unroll
       for (int e = 0; e < 8; e++) {
-        q[h][e] = to_float(row[e]);
+        q[h][e] = to_float(queries[h * A::kHeadDim + element + e]);
         state[h].out[e] = 0.f;
       }
       state[h].max = kNoScore;
       state[h].sum = 0.f;
     }
 #pragma unroll 1
-    for (int round = 0; kv_position<A, S>(x.at, round, task.split, 0) - x.at.lane / Tile::kLanes <= position;
-         round += Tile::kUnroll) {
-      if (round > 0 || index != x.at.member)
-        load_cached<A, S>(batch, x.params, x.at, layer, slot, kv_head, round, task.split, cached);
+    for (int first = 0; stripe_begin<A, S>(first, task.split) <= position; first += Tile::kUnroll) {
+      // The next batch is on its way while this one is worked on, where registers suffice for both.
+      constexpr bool kAhead = H <= kHeadsAhead;
+      KvBatch<A> next = {};
+      if (!kAhead && first > 0) load_cached<A, S>(batch, rows, x.at, first, task.split, cached);
+      if (kAhead) load_cached<A, S>(next, rows, x.at, first + Tile::kUnroll, task.split, cached);
       bool valid[Tile::kUnroll];
+      int stripes = 0;
 #pragma unroll
       for (int u = 0; u < Tile::kUnroll; u++) {
-        const int j = kv_position<A, S>(x.at, round, task.split, u);
+        const int j = kv_position<A, S>(x.at, first + u, task.split);
+        stripes += stripe_begin<A, S>(first + u, task.split) <= position;
         valid[u] = j <= position;
-        // Positions of this very step are not in the cache yet; they came with the exchange.
         if (valid[u] && j >= cached) {
-          const bf16* row = x.activation + (x.columns.first[task.column] + j - cached) * padded(A::kWidth) +
-                            (A::kHeads + task.kv_head) * A::kHeadDim + element;
+          const bf16* row = fresh + (kAlone ? 0 : (j - cached) * padded(A::kWidth)) + element;
           batch.k[u] = *reinterpret_cast<const uint4*>(row);
-          batch.v[u] = *reinterpret_cast<const uint4*>(row + A::kKvHeads * A::kHeadDim);
+          batch.v[u] = *reinterpret_cast<const uint4*>(row + value_after);
         }
       }
-      attend<A, H>(state, q, batch, valid);
+      attend<A, H>(state, q, batch, valid, stripes);
+      if (kAhead) batch = next;
     }
     if (index != x.at.member) sync_consumers();  // the previous task is still being published
 #pragma unroll
@@ -361,6 +493,7 @@ MIRAGE_DEVICE void attention(Context<R>& x, int layer, uint32_t epoch) {
       }
     }
     sync_consumers();
+    x.mark(Mark::kAttended);
     publish_task<A, Mesh, C, S>(x, index, epoch);
   }
 }
@@ -415,24 +548,25 @@ MIRAGE_DEVICE void collect_heads(Context<R>& x, uint32_t epoch) {
         if (from[i] >= 0) U(first + i * kConsumers).store(x, unpack(got[i]));
     }
   } else {
-    // The splits of a unit are shared by neighbouring lanes.
-    constexpr int kLanes = S >= 4 ? 4 : 2, kSplits = ceil_div(S, kLanes), kBatch = batch_of(kSplits, 4);
+    // The splits of a unit are shared by neighbouring lanes, if there are enough of these.
+    constexpr int kLanes = 2 * U::kCount <= kConsumers ? 2 : 1, kSplits = ceil_div(S, kLanes);
+    constexpr int kBatch = batch_of(kSplits, kWordsInFlight / 2 / kLanes);
     const int lane = x.at.thread % kLanes;
 #pragma unroll 1
     for (int first = 0; first < U::kCount; first += kConsumers / kLanes) {
       const int index = first + x.at.thread / kLanes;
       const U unit(min_of(index, U::kCount - 1));
-      const int words = unit.words(x.at);
+      const int words = unit.words(x.at), active = active_splits<A, S>(x.columns.position[unit.column]);
       float max = kNoScore, sum = 0.f;
       Values merged{{0.f, 0.f, 0.f, 0.f, 0.f, 0.f}};
 #pragma unroll 1
-      for (int s0 = 0; s0 < kSplits; s0 += kBatch) {
+      for (int s0 = 0; s0 * kLanes < active; s0 += kBatch) {
         int from[2 * kBatch];
         uint4 got[2 * kBatch];
 #pragma unroll
         for (int s = 0; s < kBatch; s++) {
           const int split = (s0 + s) * kLanes + lane;
-          const int at = split < S ? words + split * U::kSplitStride : -1;
+          const int at = split < active ? words + split * U::kSplitStride : -1;
           from[2 * s] = at >= 0 ? at + unit.word : -1;
           from[2 * s + 1] = at >= 0 ? at + U::T::kValueWords : -1;
         }

@@ -50,8 +50,9 @@ struct Params {
   const uint32_t* cancel;  // host memory
   uint32_t prefill_steps;
   uint32_t batch;
-  uint32_t epoch;  // every epoch of this launch is above this one
-  uint32_t unused;
+  uint32_t epoch;         // every epoch of this launch is above this one
+  uint32_t trace_events;  // events of a CTA that fit the trace
+  uint2* trace;           // [ctas, trace_events], of a kernel that is compiled with MIRAGE_TRACE
 };
 
 struct Columns {
@@ -86,13 +87,17 @@ struct Context {
   Columns& columns;
   bf16* activation;
   float* scratch;
-  float* sum_squares;  // [columns, kConsumerWarps]
+  float* sum_squares;  // [columns, kConsumerWarps], then the scale of each column that follows from them
   float2* rope;        // [columns, head_dim / 2]
   float* stream;       // the replicated residual stream
+  Trace trace = {};
+
+  MIRAGE_DEVICE void mark(Mark mark) { trace.mark(mark, ring.waited); }
 
   // Called where a phase begins. Without it the compiler computes every phase's addresses once, ahead of the loop over
   // layers, and keeps them in registers that it does not have.
   MIRAGE_DEVICE void begin_phase() {
+    mark(Mark::kPhase);
     asm volatile("" : "+r"(at.cta), "+r"(at.thread), "+r"(at.warp), "+r"(at.lane), "+r"(at.group), "+r"(at.member));
   }
 };

@@ -176,12 +176,19 @@ MIRAGE_DEVICE void generate(const Params& params) {
     return;
   }
   Context<Ring> x = context_of<Model>(params, at, shared);
+#ifdef MIRAGE_TRACE
+  if (at.thread == 0) {
+    x.trace.next = params.trace + static_cast<size_t>(at.cta) * params.trace_events;
+    x.trace.end = x.trace.next + params.trace_events;
+  }
+#endif
   clear_histograms<Model>(params, at);
 
   uint32_t epoch = params.epoch;
 #pragma unroll 1
   for (uint32_t step = 0; step < params.prefill_steps; step++, epoch += Model::kStepEpochs) {
     const uint32_t cancelled = cancelled_by_host(x);
+    x.mark(Mark::kPrefillStep);
     begin_prefill_step(x, Model::kPrefillColumns, step);
     load_rope<Model, Model::kPrefillColumns>(x);
     sync_consumers();
@@ -196,15 +203,20 @@ MIRAGE_DEVICE void generate(const Params& params) {
 #pragma unroll 1
   for (uint32_t parity = 0;; parity ^= 1, epoch += Model::kStepEpochs) {
     const uint32_t cancelled = cancelled_by_host(x);
+    x.mark(Mark::kDecodeStep);
     load_rope<Model, C>(x);
     sync_consumers();
     Model::decode_layers(x, epoch);
     const uint32_t last = epoch + Model::kLayers + 1;
     uint4* candidates = candidates_of<Model>(params, parity);
+    x.mark(Mark::kHead);
     lm_head<typename Model::Head, C, Mesh>(x, candidates, cancelled != 0, last);
+    x.mark(Mark::kLogits);
     const bool stop = collect_candidates<C, Mesh>(x, candidates, last);
+    x.mark(Mark::kCandidates);
     sample<typename Model::Head, C, Mesh>(x, histograms_of<Model>(params), params.exchange + Model::kSamplesAt,
                                           params.exchange + Model::kBarrierAt, parity, last);
+    x.mark(Mark::kChosen);
     if (!advance<Model>(x) || stop) break;
   }
   if (at.thread == 0) storage.stop = 1;

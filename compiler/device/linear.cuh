@@ -146,22 +146,30 @@ MIRAGE_DEVICE void store_products(float* scratch, const Product<L, C>& product, 
       }
 }
 
+// Rows `row` and `row + 1` of a column's products, summed over the warps.
 template <class L, int C>
-MIRAGE_DEVICE float sum_products(const float* scratch, int column, int row) {
-  float sum = 0.f;
+MIRAGE_DEVICE float2 sum_products(const float* scratch, int column, int row) {
+  float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
-  for (int w = 0; w < L::kWarpK; w++) sum += scratch[(w * C + column) * Products<L>::kStride + row];
+  for (int w = 0; w < L::kWarpK; w++) {
+    const float2 part = *reinterpret_cast<const float2*>(scratch + (w * C + column) * Products<L>::kStride + row);
+    sum.x += part.x;
+    sum.y += part.y;
+  }
   return sum;
 }
 
-// Output `index` of a pass.
+// Outputs `index` and `index + 1` of a pass, in bf16; `index` is even. `scales`: the norm's, a column each.
 template <class L, int C>
-MIRAGE_DEVICE float epilogue(const float* scratch, const float* sum_squares, int column, int index) {
-  const float scale = norm_scale<L, C>(sum_squares, column);
-  if (!L::kSwiGlu) return sum_products<L, C>(scratch, column, index) * scale;
+MIRAGE_DEVICE uint32_t epilogue(const float* scratch, const float* scales, int column, int index) {
+  const float scale = L::kNorm ? scales[column] : 1.f;
+  if (!L::kSwiGlu) {
+    const float2 sum = sum_products<L, C>(scratch, column, index);
+    return pack(sum.x * scale, sum.y * scale);
+  }
   const int row = index / 8 * 16 + index % 8;
-  const float gate = sum_products<L, C>(scratch, column, row) * scale;
-  return silu(gate) * (sum_products<L, C>(scratch, column, row + 8) * scale);
+  const float2 gate = sum_products<L, C>(scratch, column, row), up = sum_products<L, C>(scratch, column, row + 8);
+  return pack(silu(gate.x * scale) * (up.x * scale), silu(gate.y * scale) * (up.y * scale));
 }
 
 // The whole linear of a worker: all passes, each published as soon as it is done.
@@ -169,6 +177,8 @@ template <class L, int C, class Mesh, class R>
 MIRAGE_DEVICE void linear(Context<R>& x, uint32_t epoch) {
   x.begin_phase();
   const Slice slice = slice_of<L, Mesh>(x.at.group, x.at.member);
+  float* scales = x.sum_squares + C * kConsumerWarps;
+  if (L::kNorm && x.at.thread < C) scales[x.at.thread] = norm_scale<L, C>(x.sum_squares, x.at.thread);
   uint4* words = x.params.exchange + L::kWordsAt + static_cast<size_t>(x.at.cta) * C * L::kWords;
 #pragma unroll 1
   for (int pass = 0; pass < L::kPasses; pass++) {
@@ -176,13 +186,14 @@ MIRAGE_DEVICE void linear(Context<R>& x, uint32_t epoch) {
     if (rows <= 0) break;
     Product<L, C> product;
     multiply<L, C>(product, x.ring, x.activation, padded(L::kWidth), rows, slice.k.count, x.at);
+    x.mark(Mark::kMultiplied);
     if (pass > 0) sync_consumers();  // the previous pass is still being read
     store_products<L, C>(x.scratch, product, x.at);
     sync_consumers();
     const int outputs = rows * (L::kSwiGlu ? 8 : 16);
     publish_values<C, L::kPassWords>(
         words + pass * L::kPassWords, L::kWords, outputs, epoch, x.at,
-        [&](int column, int index) { return epilogue<L, C>(x.scratch, x.sum_squares, column, index); });
+        [&](int column, int index) { return epilogue<L, C>(x.scratch, scales, column, index); });
   }
 }
 

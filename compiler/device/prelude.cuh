@@ -46,7 +46,10 @@ struct Share {
   int begin, count;
 };
 __host__ __device__ constexpr Share share_of(int total, int parts, int index) {
-  return Share{index * (total / parts) + min_of(index, total % parts), total / parts + (index < total % parts ? 1 : 0)};
+  const int each = total / parts, more = total % parts;
+  // Said apart because the compiler does not know that an index is not negative.
+  if (more == 0) return Share{index * each, each};
+  return Share{index * each + min_of(index, more), each + (index < more ? 1 : 0)};
 }
 
 // Consumer warps only; the producer warp never takes part.

@@ -23,23 +23,28 @@ MIRAGE_DEVICE const bf16* gamma_of(const Params& params, int layer) {
   return params.norms + N::kGammaAt + static_cast<size_t>(layer) * N::kGammaStride;
 }
 
-// gamma of a span, asked for before the values arrive.
-struct Gamma {
+// The pairs of a span of bf16, asked for before they are needed.
+struct Pairs {
   uint32_t pairs[kValuesPerWord / 2];
 };
-template <class N>
-MIRAGE_DEVICE Gamma load_gamma(const bf16* gamma, const Span& span) {
-  Gamma g;
+MIRAGE_DEVICE Pairs load_pairs(const bf16* row, const Span& span, uint32_t otherwise) {
+  Pairs p;
 #pragma unroll
   for (int i = 0; i < kValuesPerWord / 2; i++) {
-    g.pairs[i] = 0x3f803f80;  // {1, 1}
-    if (N::kNorm && 2 * i < span.count) g.pairs[i] = *reinterpret_cast<const uint32_t*>(gamma + span.begin + 2 * i);
+    p.pairs[i] = otherwise;
+    if (2 * i < span.count) p.pairs[i] = *reinterpret_cast<const uint32_t*>(row + span.begin + 2 * i);
   }
-  return g;
+  return p;
+}
+MIRAGE_DEVICE Values unpack(const Pairs& p) { return unpack(make_uint4(p.pairs[0], p.pairs[1], p.pairs[2], 0)); }
+
+template <class N>
+MIRAGE_DEVICE Pairs load_gamma(const bf16* gamma, const Span& span) {
+  return load_pairs(gamma, N::kNorm ? span : Span{0, 0}, 0x3f803f80);  // {1, 1}
 }
 
 // Writes a span of one column of the stream as the next linear's operand and returns its part of the sum of squares.
-MIRAGE_DEVICE float store_normed(bf16* row, const Span& span, const float (&v)[kValuesPerWord], const Gamma& gamma) {
+MIRAGE_DEVICE float store_normed(bf16* row, const Span& span, const float (&v)[kValuesPerWord], const Pairs& gamma) {
   float squares = 0.f;
 #pragma unroll
   for (int e = 0; e < kValuesPerWord; e += 2)
@@ -92,23 +97,48 @@ struct Replicated {
   }
 };
 
+// Prepares the first linear's operand from the embeddings of the step's tokens, and gives each unit's values to
+// keep(column index, step, values).
+template <class N, class X, class Mesh, int C, class R, class Keep>
+MIRAGE_DEVICE void embed_columns(Context<R>& x, const bf16* gamma, Keep keep) {
+  typedef Replicated<X, Mesh, C> S;
+  constexpr int kBatch = batch_of(S::kSteps, 6);
+#pragma unroll 1
+  for (int i = 0; i < S::W::kColumns; i++) {
+    const int column = S::W::column(x.at, i);
+    const bf16* row = x.params.embedding + static_cast<size_t>(x.columns.token[column]) * N::kNormWidth;
+    float squares = 0.f;
+#pragma unroll 1
+    for (int s0 = 0; s0 < S::kSteps; s0 += kBatch) {
+      Span spans[kBatch];
+      Pairs values[kBatch], gammas[kBatch];
+#pragma unroll
+      for (int s = 0; s < kBatch; s++) {
+        const int unit = (s0 + s) * S::W::kStride + S::W::lane(x.at);
+        spans[s] = Span{0, 0};
+        if (s0 + s < S::kSteps && unit < S::P::kUnits)
+          spans[s] = span_of_unit<X, Mesh>(S::P::of_unit(unit / X::Source::kWords, x.at), unit % X::Source::kWords);
+        values[s] = load_pairs(row, spans[s], 0);
+        gammas[s] = load_gamma<N>(gamma, spans[s]);
+      }
+#pragma unroll
+      for (int s = 0; s < kBatch; s++) {
+        const Values v = unpack(values[s]);
+        if (s0 + s < S::kSteps) keep(i, s0 + s, v);
+        squares += store_normed(x.activation + column * padded(N::kWidth), spans[s], v.v, gammas[s]);
+      }
+    }
+    store_sum_squares<C>(x, column, squares);
+  }
+}
+
 // Starts the stream with the embeddings of the step's tokens and prepares the first linear's operand.
 template <class N, class X, class Mesh, int C, class R>
 MIRAGE_DEVICE void embed(Context<R>& x, Replicated<X, Mesh, C>& stream, const bf16* gamma) {
-  typedef Replicated<X, Mesh, C> S;
-  float squares[S::W::kColumns] = {};
-  S::for_each(x.at, [&](int i, int s, int column, int, const Span& span) {
-    const bf16* row = x.params.embedding + static_cast<size_t>(x.columns.token[column]) * N::kNormWidth;
-    float v[kValuesPerWord];
+  embed_columns<N, X, Mesh, C>(x, gamma, [&](int i, int s, const Values& values) {
 #pragma unroll
-    for (int e = 0; e < kValuesPerWord; e++) {
-      v[e] = e < span.count ? to_float(row[span.begin + e]) : 0.f;
-      stream.value(i, s, e) = v[e];
-    }
-    squares[i] += store_normed(x.activation + column * padded(N::kWidth), span, v, load_gamma<N>(gamma, span));
+    for (int e = 0; e < kValuesPerWord; e++) stream.value(i, s, e) = values.v[e];
   });
-#pragma unroll
-  for (int i = 0; i < S::W::kColumns; i++) store_sum_squares<C>(x, S::W::column(x.at, i), squares[i]);
   sync_consumers();
 }
 
@@ -127,7 +157,7 @@ MIRAGE_DEVICE void add_to_stream(Context<R>& x, Replicated<Shared, Mesh, C>& str
     for (int s0 = 0; s0 < S::kSteps; s0 += kBatch) {
       int units[kBatch];
       Span spans[kBatch];
-      Gamma gammas[kBatch];
+      Pairs gammas[kBatch];
       Values sums[kBatch];
 #pragma unroll
       for (int s = 0; s < kBatch; s++) {
@@ -158,14 +188,12 @@ MIRAGE_DEVICE void add_to_stream(Context<R>& x, Replicated<Shared, Mesh, C>& str
   sync_consumers();
 }
 
-// The stream's new values in bf16, published unit by unit for all to collect: [producers side by side, columns, words].
+// The stream's new values in bf16, published unit by unit for all to collect: [columns, units].
 template <class X, class Mesh, int C>
 struct Gathered {
   typedef Producers<X, Mesh> P;
   static constexpr int kUnits = P::kUnits * C;
-  MIRAGE_DEVICE static int index(int unit, int column) {
-    return (unit / X::Source::kWords * C + column) * X::Source::kWords + unit % X::Source::kWords;
-  }
+  MIRAGE_DEVICE static int index(int unit, int column) { return column * P::kUnits + unit; }
 };
 
 // Collects a gathered stream at `words` and prepares the operand of the linear N with that gamma.
@@ -174,30 +202,29 @@ MIRAGE_DEVICE void gather_stream(Context<R>& x, const uint4* words, const bf16* 
   x.begin_phase();
   typedef Producers<X, Mesh> P;
   typedef WarpsOfColumns<C> W;
-  constexpr int kSteps = ceil_div(P::kUnits, W::kStride);
-  constexpr int kBatch = batch_of(kSteps, 4);
+  // Each round more is a trip to L2 more.
+  constexpr int kSteps = ceil_div(P::kUnits, W::kStride), kBatch = batch_of(kSteps, 6);
 #pragma unroll 1
   for (int i = 0; i < W::kColumns; i++) {
     const int column = W::column(x.at, i);
+    const uint4* of_column = words + Gathered<X, Mesh, C>::index(0, column);
     float squares = 0.f;
 #pragma unroll 1
     for (int s0 = 0; s0 < kSteps; s0 += kBatch) {
       int from[kBatch];
       uint4 got[kBatch];
       Span spans[kBatch];
-      Gamma gammas[kBatch];
+      Pairs gammas[kBatch];
 #pragma unroll
       for (int s = 0; s < kBatch; s++) {
         const int unit = (s0 + s) * W::kStride + W::lane(x.at);
-        from[s] = -1;
         spans[s] = Span{0, 0};
-        if (unit < P::kUnits) {
+        if (unit < P::kUnits)
           spans[s] = span_of_unit<X, Mesh>(P::of_unit(unit / X::Source::kWords, x.at), unit % X::Source::kWords);
-          if (spans[s].count > 0) from[s] = Gathered<X, Mesh, C>::index(unit, column);
-        }
+        from[s] = spans[s].count > 0 ? unit : -1;
         gammas[s] = load_gamma<N>(gamma, spans[s]);
       }
-      await_words(got, words, from, epoch);
+      await_words(got, of_column, from, epoch);
 #pragma unroll
       for (int s = 0; s < kBatch; s++)
         if (from[s] >= 0)
@@ -256,22 +283,12 @@ struct Scattered {
 
 template <class N, class X, class Mesh, int C, class R>
 MIRAGE_DEVICE void embed(Context<R>& x, Scattered<X, Mesh, C>& stream, const bf16* gamma) {
-  typedef Replicated<X, Mesh, C> All;  // only its way of sharing out the units
-  float squares[All::W::kColumns] = {};
-  All::for_each(x.at, [&](int i, int, int column, int, const Span& span) {
-    const bf16* row = x.params.embedding + static_cast<size_t>(x.columns.token[column]) * N::kNormWidth;
-    float v[kValuesPerWord];
-#pragma unroll
-    for (int e = 0; e < kValuesPerWord; e++) v[e] = e < span.count ? to_float(row[span.begin + e]) : 0.f;
-    squares[i] += store_normed(x.activation + column * padded(N::kWidth), span, v, load_gamma<N>(gamma, span));
-  });
-#pragma unroll
-  for (int i = 0; i < All::W::kColumns; i++) store_sum_squares<C>(x, All::W::column(x.at, i), squares[i]);
+  embed_columns<N, X, Mesh, C>(x, gamma, [](int, int, const Values&) {});
   if (stream.unit >= 0) {
     const bf16* row = x.params.embedding + static_cast<size_t>(x.columns.token[stream.column]) * N::kNormWidth;
+    const Values values = unpack(load_pairs(row, stream.span, 0));
 #pragma unroll
-    for (int e = 0; e < kValuesPerWord; e++)
-      stream.v[e] = e < stream.span.count ? to_float(row[stream.span.begin + e]) : 0.f;
+    for (int e = 0; e < kValuesPerWord; e++) stream.v[e] = values.v[e];
   }
   sync_consumers();
 }

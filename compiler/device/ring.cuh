@@ -3,6 +3,7 @@
 #pragma once
 #include "arch.cuh"
 #include "prelude.cuh"
+#include "trace.cuh"
 
 namespace mirage {
 
@@ -44,11 +45,14 @@ struct RingReader {
   RingStorage<R>& storage;
   const uint8_t* pages;
   RingCursor<R> at;
+  Stopwatch waited;
 
   // Waits for the next page and returns its bytes.
   MIRAGE_DEVICE const uint8_t* take() {
     Spin spin;
+    waited.start();
     while (!test_barrier(&storage.full[at.page], at.parity)) spin.turn();
+    waited.stop();
     return pages + at.page * R::kPageBytes;
   }
   MIRAGE_DEVICE void release(int lane) {

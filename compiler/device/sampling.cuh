@@ -33,6 +33,36 @@ struct SamplingScratch {
   uint64_t target[C];                                // what must still be reached
 };
 
+// Gives this CTA's logits of one of the warp's columns, if it samples, to f(column, token, logit), several on their way
+// at once.
+template <class H, int C, class Mesh, class R, class F>
+MIRAGE_DEVICE void each_logit_of(Context<R>& x, int c, F f) {
+  typedef WarpsOfColumns<C> W;
+  constexpr int kAtOnce = 6;
+  const int slot = x.columns.slot[c];
+  if (slot < 0 || x.params.sequences[slot].inverse_temperature <= 0.f) return;
+  const Share rows = head_slice<H, Mesh>(x.at.cta).rows;
+  const int begin = rows.begin * 16, end = min_of((rows.begin + rows.count) * 16, H::kVocab);
+  const float* logits = x.columns.logits[c];
+#pragma unroll 1
+  for (int first = begin + W::lane(x.at); first < end; first += kAtOnce * W::kStride) {
+    float values[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; j++) {
+      const int token = first + j * W::kStride;
+      values[j] = token < end ? logits[token] : 0.f;
+    }
+#pragma unroll 1
+    for (int j = 0; j < kAtOnce; j++) {
+      const int token = first + j * W::kStride;
+      const float value = values[0];
+#pragma unroll
+      for (int n = 0; n + 1 < kAtOnce; n++) values[n] = values[n + 1];
+      if (token < end) f(c, token, value);
+    }
+  }
+}
+
 struct ByCount {
   static constexpr bool value = false;
 };
@@ -48,30 +78,24 @@ MIRAGE_DEVICE void select_level(Context<R>& x, SamplingScratch<C>& s, uint64_t* 
 #pragma unroll 1
   for (int i = x.at.thread; i < C * kRadixBins; i += kConsumers) (&s.low[0][0])[i] = (&s.high[0][0])[i] = 0;
   sync_consumers();
-  const Share rows = head_slice<H, Mesh>(x.at.cta).rows;
-  const int begin = rows.begin * 16, end = min_of((rows.begin + rows.count) * 16, H::kVocab);
-#pragma unroll 1
-  for (int c = 0; c < C; c++) {
-    const int slot = x.columns.slot[c];
-    if (slot < 0 || s.target[c] == 0) continue;
-    const float inverse = x.params.sequences[slot].inverse_temperature;
-    const float highest = __fmul_rn(winners_of<C>(x)[c].logit, inverse);
-#pragma unroll 1
-    for (int token = begin + x.at.thread; token < end; token += kConsumers) {
-      const float logit = x.columns.logits[c][token];
-      const uint32_t key = order_key(logit);
-      if (key < s.floor[c] || (level > 0 && key >> (shift + 8) != s.prefix[c])) continue;
-      const int bin = key >> shift & (kRadixBins - 1);
-      if (kMass) {
-        const float scaled = __fmul_rn(logit, inverse);
-        const uint64_t mass = sample_weight(scaled == highest ? 0.f : __fsub_rn(scaled, highest));
-        atomicAdd(&s.low[c][bin], static_cast<uint32_t>(mass & 0xffff));
-        atomicAdd(&s.high[c][bin], static_cast<uint32_t>(mass >> 16));
-      } else {
-        atomicAdd(&s.low[c][bin], 1u);
-      }
+  auto count = [&](int c, int token, float logit) {
+    if (s.target[c] == 0) return;
+    const uint32_t key = order_key(logit);
+    if (key < s.floor[c] || (level > 0 && key >> (shift + 8) != s.prefix[c])) return;
+    const int bin = key >> shift & (kRadixBins - 1);
+    if (kMass) {
+      const float inverse = x.params.sequences[x.columns.slot[c]].inverse_temperature;
+      const float highest = __fmul_rn(winners_of<C>(x)[c].logit, inverse), scaled = __fmul_rn(logit, inverse);
+      const uint64_t mass = sample_weight(scaled == highest ? 0.f : __fsub_rn(scaled, highest));
+      atomicAdd(&s.low[c][bin], static_cast<uint32_t>(mass & 0xffff));
+      atomicAdd(&s.high[c][bin], static_cast<uint32_t>(mass >> 16));
+    } else {
+      atomicAdd(&s.low[c][bin], 1u);
     }
-  }
+  };
+#pragma unroll 1
+  for (int i = 0; i < WarpsOfColumns<C>::kColumns; i++)
+    each_logit_of<H, C, Mesh>(x, WarpsOfColumns<C>::column(x.at, i), count);
   sync_consumers();
 #pragma unroll 1
   for (int i = x.at.thread; i < C * kRadixBins; i += kConsumers) {
@@ -177,28 +201,36 @@ MIRAGE_DEVICE void sample(Context<R>& x, uint64_t* histograms, uint4* words, uin
   if (by_mass) select(ByMass{});
   sync_consumers();
 
-  const Share rows = head_slice<H, Mesh>(x.at.cta).rows;
-  const int begin = rows.begin * 16, end = min_of((rows.begin + rows.count) * 16, H::kVocab);
+  // The best of each lane, then of each warp, then of the warps of a column.
+  typedef WarpsOfColumns<C> W;
+  Candidate* of_warps = reinterpret_cast<Candidate*>(x.scratch);
 #pragma unroll 1
-  for (int c = x.at.warp; c < C; c += kConsumerWarps) {
-    Candidate best = winners_of<C>(x)[c];
-    const int slot = x.columns.slot[c];
-    if (slot >= 0 && x.params.sequences[slot].inverse_temperature > 0.f) {
-      const Sequence& q = x.params.sequences[slot];
-      best = Candidate{kLowest, 0};
+  for (int i = 0; i < W::kColumns; i++) {
+    const int column = W::column(x.at, i);
+    Candidate best{kLowest, 0};
+    each_logit_of<H, C, Mesh>(x, column, [&](int c, int token, float logit) {
+      if (order_key(logit) < s.floor[c]) return;
+      const Sequence& q = x.params.sequences[x.columns.slot[c]];
       const uint64_t key = stream_key(q.seed, q.stream, x.columns.position[c] + 1);
-#pragma unroll 1
-      for (int token = begin + x.at.lane; token < end; token += kWarp) {
-        const float logit = x.columns.logits[c][token];
-        if (order_key(logit) < s.floor[c]) continue;
-        best.offer(__fadd_rn(__fmul_rn(logit, q.inverse_temperature), gumbel(random_bits(key, token))), token);
-      }
+      best.offer(__fadd_rn(__fmul_rn(logit, q.inverse_temperature), gumbel(random_bits(key, token))), token);
+    });
 #pragma unroll
-      for (int o = kWarp / 2; o > 0; o /= 2)
-        best.offer(__shfl_xor_sync(~0u, best.logit, o), __shfl_xor_sync(~0u, best.token, o));
+    for (int o = kWarp / 2; o > 0; o /= 2)
+      best.offer(__shfl_xor_sync(~0u, best.logit, o), __shfl_xor_sync(~0u, best.token, o));
+    if (x.at.lane == 0) of_warps[column * kConsumerWarps + W::part(x.at)] = best;
+  }
+  sync_consumers();
+  if (x.at.thread < C) {
+    const int c = x.at.thread, slot = x.columns.slot[c];
+    Candidate winner = winners_of<C>(x)[c];
+    if (slot >= 0 && x.params.sequences[slot].inverse_temperature > 0.f) {
+      winner = Candidate{kLowest, 0};
+      for (int w = 0; w < W::kWarps; w++) {
+        const Candidate other = of_warps[c * kConsumerWarps + w];
+        winner.offer(other.logit, other.token);
+      }
     }
-    if (x.at.lane == 0)
-      store_word(words + c * Mesh::kCtas + x.at.cta, __float_as_uint(best.logit), best.token, 0, epoch);
+    store_word(words + c * Mesh::kCtas + x.at.cta, __float_as_uint(winner.logit), winner.token, 0, epoch);
   }
   sync_consumers();
   collect_candidates<C, Mesh>(x, words, epoch);

@@ -59,20 +59,19 @@ MIRAGE_DEVICE Values unpack(const uint4& word) {
       {low_half(word.x), high_half(word.x), low_half(word.y), high_half(word.y), low_half(word.z), high_half(word.z)}};
 }
 
-// Publishes `outputs` values of each of C columns as words of six: value(column, index) is asked once for each, by one
-// lane of six; five words a warp at a time. A column's words begin `stride` words after the previous column's.
-// kWords: words of a column at most.
-template <int C, int kWords, class Value>
-MIRAGE_DEVICE void publish_values(uint4* to, int stride, int outputs, uint32_t epoch, const Place& at, Value value) {
-  constexpr int kWordsPerWarp = kWarp / kValuesPerWord;
-  const int slot = at.lane / kValuesPerWord, i = at.lane % kValuesPerWord;
+// Publishes `outputs` values of each of C columns as words of six: pair(column, index) gives values `index` and
+// `index + 1` as a pair of bf16, and is asked once for each by one lane of three; ten words a warp at a time. A
+// column's words begin `stride` words after the previous column's. kWords: words of a column at most.
+template <int C, int kWords, class Pair>
+MIRAGE_DEVICE void publish_values(uint4* to, int stride, int outputs, uint32_t epoch, const Place& at, Pair pair) {
+  constexpr int kLanes = kValuesPerWord / 2, kWordsPerWarp = kWarp / kLanes;
+  const int slot = at.lane / kLanes, i = at.lane % kLanes;
 #pragma unroll 1
   for (int first = at.warp * kWordsPerWarp; first < C * kWords; first += kConsumerWarps * kWordsPerWarp) {
-    const int word = first + slot, column = word / kWords, index = word % kWords * kValuesPerWord + i;
+    const int word = first + slot, column = word / kWords, index = word % kWords * kValuesPerWord + 2 * i;
     const bool mine = slot < kWordsPerWarp && word < C * kWords && index < outputs;
-    const float v = mine ? value(column, index) : 0.f;
-    const uint32_t a = pack(v, __shfl_down_sync(~0u, v, 1));
-    const uint32_t b = __shfl_down_sync(~0u, a, 2), c = __shfl_down_sync(~0u, a, 4);
+    const uint32_t a = mine ? pair(column, index) : 0;
+    const uint32_t b = __shfl_down_sync(~0u, a, 1), c = __shfl_down_sync(~0u, a, 2);
     if (mine && i == 0) store_word(to + column * stride + word % kWords, a, b, c, epoch);
   }
 }

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::arch::GpuModel;
+use crate::program::Ring;
 
 /// Measured constants of a GPU. Times in microseconds, rates in bytes per microsecond (1 GB/s = 1000).
 ///
@@ -26,8 +27,14 @@ pub struct Machine {
     pub pass: f64,
     /// An attention task's fixed part: norms, RoPE, merges.
     pub attention: f64,
-    /// One round of K and V reads of a task, per query head.
-    pub kv_round: f64,
+    /// Four stripes of K and V reads of a task.
+    pub kv_stripe: f64,
+    /// Its scores and sums, per query head.
+    pub kv_head: f64,
+    /// A page of weights from memory when little else is asked for.
+    pub page_latency: f64,
+    /// What the consumers take to use up a page, beside its bytes: the barrier, the addresses, the release.
+    pub page: f64,
     /// The share of the shorter of weight stream and dependency chain that does not hide behind the longer.
     pub friction: f64,
 }
@@ -43,7 +50,10 @@ impl Machine {
             linear: 0.35,
             pass: 0.25,
             attention: 0.7,
-            kv_round: 0.12,
+            kv_stripe: 0.5,
+            kv_head: 0.1,
+            page_latency: 0.7,
+            page: 0.25,
             // 10.3 us of stream and 8.95 of chain made 13.6 together.
             friction: 0.37,
         }
@@ -55,6 +65,12 @@ impl Machine {
             .div_ceil(threads.max(1) * WORDS_IN_FLIGHT)
             .saturating_sub(1);
         self.hop + words as f64 * 16.0 / self.l2_per_sm + turns as f64 * self.poll
+    }
+
+    /// The rate at which `ctas` CTAs stream through rings of these.
+    pub fn ring_rate(&self, ring: &Ring, ctas: usize) -> f64 {
+        let of_cta = (ring.in_flight * ring.page_bytes) as f64 / self.page_latency;
+        self.stream.min(of_cta * ctas as f64)
     }
 
     /// Stream and chain of the same layer, which overlap but for the friction between them.

@@ -29,7 +29,7 @@ macro_rules! headers {
     };
 }
 
-const HEADERS: [(&str, &str); 14] = headers![
+const HEADERS: [(&str, &str); 15] = headers![
     "attention.cuh",
     "context.cuh",
     "exchange.cuh",
@@ -43,6 +43,7 @@ const HEADERS: [(&str, &str); 14] = headers![
     "residual.cuh",
     "ring.cuh",
     "sampling.cuh",
+    "trace.cuh",
     "words.cuh",
 ];
 
@@ -59,6 +60,16 @@ pub fn cuda_source(program: &Program, arch: Arch) -> CudaSource {
     CudaSource {
         text: emitter.out,
         headers: headers_for(arch),
+    }
+}
+
+impl CudaSource {
+    /// The same kernel with its timeline: it records when each CTA passed which mark (`device/trace.cuh`).
+    pub fn traced(&self) -> CudaSource {
+        CudaSource {
+            text: format!("#define MIRAGE_TRACE\n{}", self.text),
+            headers: self.headers.clone(),
+        }
     }
 }
 
@@ -258,6 +269,7 @@ impl Emitter<'_> {
         let a = &p.attention;
         line!(self, "// {}", comment(&a.sources));
         line!(self, "struct {} {{", node_type(&a.name));
+        self.constant("kLayers", p.layers);
         self.constant("kHeads", a.heads);
         self.constant("kKvHeads", a.kv_heads);
         self.constant("kAllKvHeads", a.kv_heads * p.mesh.groups);
@@ -470,6 +482,7 @@ impl Emitter<'_> {
         let p = self.program;
         let attention = node_type(&p.attention.name);
         let splits = step.kv_splits;
+        let alone = std::ptr::eq(step, &p.decode);
         let next_of = |e: &Emitter<'_>, next: &Next| match next {
             Next::SameLayer(i) => {
                 let name = e.linear_name(*i);
@@ -487,7 +500,7 @@ impl Emitter<'_> {
             ),
             Phase::Attention(exchange) => line!(
                 self,
-                "      attention<{attention}, {}, Mesh, C, {splits}>(x, layer, now);",
+                "      attention<{attention}, {}, Mesh, C, {splits}, {alone}>(x, layer, now);",
                 self.view(exchange)
             ),
             Phase::CollectHeads { next, all_groups } => line!(

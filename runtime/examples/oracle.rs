@@ -5,11 +5,12 @@
 //! cargo run --release -p mirage-runtime --example oracle -- score-cpu GRAPH MODEL BATCH MAX_SEQ PROMPTS.json OUT.f32
 //! cargo run --release -p mirage-runtime --example oracle -- steps GRAPH MODEL BATCH MAX_SEQ POSITION
 //! cargo run --release -p mirage-runtime --example oracle -- tokens GRAPH MODEL BATCH MAX_SEQ NEW_TOKENS
+//! cargo run --release -p mirage-runtime --example oracle -- timeline GRAPH MODEL BATCH MAX_SEQ POSITION
 //! ```
 //!
 //! `score` runs the prompts `BATCH` at a time; `oracle/check.py` judges the file. `score-cpu` does the same with the CPU
 //! executor; all others need a GPU. `steps` prints the median time of a
-//! decode step at a position over five runs, greedy and sampled. `tokens` makes one generation of a full batch of prompts
+//! decode step at a position over five runs, greedy and sampled; `timeline` what each part of a step takes. `tokens` makes one generation of a full batch of prompts
 //! of mixed lengths and checks that it repeats, alone and together: one launch each, for a profiler or a sanitizer.
 
 use std::error::Error;
@@ -29,7 +30,7 @@ use mirage_runtime::gpu::Gpu;
 use mirage_runtime::megakernel::Megakernel;
 use mirage_runtime::sampler::SamplingParams;
 
-const USAGE: &str = "score|score-cpu|steps|tokens GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION | NEW_TOKENS)";
+const USAGE: &str = "score|score-cpu|steps|timeline|tokens GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION | NEW_TOKENS)";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -51,6 +52,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             score(&mut cpu, batch, prompts, out)
         }
         ("steps", &[position]) => steps(&mut on_gpu()?, batch, position.parse()?),
+        ("timeline", &[position]) => {
+            let gpu = Gpu::open(0)?;
+            let mut compiled = compile(graph, model, gpu.properties().model()?, batch, max_seq)?;
+            compiled.source = compiled.source.traced();
+            let mut kernel = load(&gpu, compiled, model)?;
+            kernel.record_timeline()?;
+            timeline(&mut kernel, batch, position.parse()?)
+        }
         ("tokens", &[new_tokens]) => tokens(&mut on_gpu()?, batch, new_tokens.parse()?),
         _ => Err(USAGE.into()),
     }
@@ -163,6 +172,17 @@ fn steps(kernel: &mut Megakernel, batch: usize, position: usize) -> Result<(), B
             times[2], times[0], times[4]
         );
     }
+    Ok(())
+}
+
+/// Sixteen greedy decode steps, part by part.
+fn timeline(kernel: &mut Megakernel, batch: usize, position: usize) -> Result<(), Box<dyn Error>> {
+    let requests: Vec<GenerateRequest> = (0..batch)
+        .map(|sequence| GenerateRequest::greedy(prompt(kernel, sequence, position), 16))
+        .collect();
+    kernel.generate_all(&requests)?;
+    kernel.generate_all(&requests)?;
+    print!("{}", kernel.timeline()?);
     Ok(())
 }
 

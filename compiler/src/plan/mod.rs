@@ -32,9 +32,9 @@ impl Target {
     /// Most columns a step computes at once: two mma operands.
     pub const MAX_COLUMNS: usize = 16;
 
-    /// Depth of context the cost model assumes: half of what is usual in chat, or the cache's half where that is less.
+    /// Depth of context the cost model assumes: what is usual in chat, or the cache's half where that is less.
     pub fn depth(&self) -> usize {
-        self.max_seq.div_ceil(2).min(512)
+        self.max_seq.div_ceil(2).min(1024)
     }
 }
 

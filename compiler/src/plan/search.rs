@@ -6,7 +6,9 @@ use super::{Plan, StepPlan, StreamForm, Target};
 use crate::cost::{Machine, StepCost};
 use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedOp, Input};
 use crate::mesh::{Mesh, Placement, Split};
-use crate::program::{CONSUMER_WARPS, Program, ProgramError, TILE, TILE_BYTES, VALUES_PER_WORD};
+use crate::program::{
+    CONSUMER_WARPS, Linear, Program, ProgramError, TILE, TILE_BYTES, VALUES_PER_WORD,
+};
 
 /// Why there is no plan.
 #[derive(Clone, Debug, Error, PartialEq)]
@@ -41,8 +43,8 @@ pub enum PlanError {
 
 /// Words of the replicated residual stream that a thread may keep: 48 KB of shared memory for all of them.
 const STREAM_WORDS: usize = 8;
-/// How many of the cheapest plans are tried for fit before giving up.
-const TRIES: usize = 4096;
+/// How many of the cheapest plans become programs, at most.
+const TRIES: usize = 2048;
 
 impl Plan {
     /// Longest supported context.
@@ -86,20 +88,40 @@ impl Plan {
         let mut plans = search.plans();
         plans.sort_by(|a, b| objective(a).total_cmp(&objective(b)));
         let considered = plans.len();
+        // What a plan is predicted to take can only grow with what its program's ring costs: once the next plan is not
+        // better than the best program, none that follows is.
+        let mut best: Option<(Plan, Program)> = None;
         let mut reason = None;
         for mut plan in plans.into_iter().take(TRIES) {
+            if best
+                .as_ref()
+                .is_some_and(|(best, _)| objective(best) <= objective(&plan))
+            {
+                break;
+            }
             plan.considered = considered;
             match Program::new(graph, &plan, target) {
-                Ok(program) => return Ok((plan, program)),
+                Ok(mut program) => {
+                    search.add_ring(&mut plan, &program);
+                    if best
+                        .as_ref()
+                        .is_none_or(|(best, _)| objective(&plan) < objective(best))
+                    {
+                        program.plan = plan.clone();
+                        best = Some((plan, program));
+                    }
+                }
                 Err(error) => reason = reason.or(Some(error)),
             }
         }
-        Err(reason
-            .unwrap_or(ProgramError::SharedMemory {
-                columns: target.batch,
-                limit: target.gpu.smem_per_block_optin as usize,
-            })
-            .into())
+        best.ok_or_else(|| {
+            reason
+                .unwrap_or(ProgramError::SharedMemory {
+                    columns: target.batch,
+                    limit: target.gpu.smem_per_block_optin as usize,
+                })
+                .into()
+        })
     }
 }
 
@@ -413,6 +435,30 @@ impl Search<'_> {
         }
     }
 
+    /// Adds to the prediction what the program's ring costs: small pages keep too few bytes in flight, and each is some
+    /// work to use up.
+    fn add_ring(&self, plan: &mut Plan, program: &Program) {
+        let (machine, ring, mesh) = (&self.machine, &program.ring, &plan.mesh);
+        let pages = |linear: &Linear| {
+            let t = &linear.tiling;
+            t.passes * t.k.div_ceil(t.page_k)
+        };
+        let stretched = |stream: f64, ctas: usize, pages: usize| {
+            let rate = machine.ring_rate(ring, ctas);
+            (stream * machine.stream / rate).max(pages as f64 * machine.page)
+        };
+        let of_layer: usize = program.linears.iter().map(pages).sum();
+        for (step, with_head) in [(&mut plan.prefill, false), (&mut plan.decode, true)] {
+            let cost = &mut step.cost;
+            cost.layer_stream = stretched(cost.layer_stream, mesh.workers(), of_layer);
+            cost.layer = machine.overlap(cost.layer_stream, cost.layer_chain);
+            if with_head {
+                cost.head = stretched(cost.head, mesh.ctas, pages(&program.head));
+            }
+            cost.total = cost.layer * self.graph.layers as f64 + cost.head;
+        }
+    }
+
     /// What it takes to bring a linear's output to its reader.
     fn exchange_cost(
         &self,
@@ -450,20 +496,18 @@ impl Search<'_> {
         let (mesh, machine, a) = (&frame.mesh, &self.machine, self.attention);
         let heads = a.heads / mesh.groups;
         let tasks = step.columns * heads / frame.heads_per_task * step.kv_splits;
-        // A CTA reads 8 warps' worth of 16-byte pieces at once, four times in flight.
-        let round = CONSUMER_WARPS * 32 * 8 / a.head_dim * 4;
-        let rounds = self.target.depth().div_ceil(step.kv_splits * round);
-        let task = rounds as f64 * machine.kv_round * frame.heads_per_task as f64;
+        // A CTA reads a stripe of positions at once, 16 bytes a lane, and has four of them on their way.
+        let stripe = CONSUMER_WARPS * 32 * 8 / a.head_dim;
+        let stripes = self.target.depth().div_ceil(stripe);
+        let active = stripes.min(step.kv_splits);
+        let of_stripe = machine.kv_stripe + machine.kv_head * frame.heads_per_task as f64;
+        let task = stripes.div_ceil(active).div_ceil(4) as f64 * of_stripe;
         let heads_of_reader = if self.stream_placement(frame).groups == Split::Rows {
             a.heads
         } else {
             heads
         };
-        let copies = if step.kv_splits > 1 {
-            2 * step.kv_splits
-        } else {
-            1
-        };
+        let copies = if step.kv_splits > 1 { 2 * active } else { 1 };
         let words = step.columns * heads_of_reader * a.head_dim.div_ceil(VALUES_PER_WORD) * copies;
         machine.attention * tasks.div_ceil(mesh.members) as f64
             + task * tasks.div_ceil(mesh.members) as f64

@@ -93,7 +93,7 @@ pub(super) fn regions(
     let mut regions = vec![
         ("RingStorage", 16 * MAX_PAGES + 16),
         ("Columns", super::super::plan::Target::MAX_COLUMNS * 24 + 16),
-        ("SumSquares", columns * CONSUMER_WARPS * 4),
+        ("SumSquares", columns * (CONSUMER_WARPS + 1) * 4),
         ("Rope", columns * attention.head_dim / 2 * 8),
         ("Scratch", scratch),
         ("Activation", sampling.max(columns * padded(width) * 2)),

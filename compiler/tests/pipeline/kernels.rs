@@ -97,6 +97,13 @@ fn the_default_kernel_compiles_for_geforce_blackwell() {
 }
 
 #[test]
+fn a_timeline_compiles() {
+    let (_, program) = compile("0.6B", Arch::Sm90a, 1);
+    let source = cuda_source(&program, Arch::Sm90a).traced();
+    assert_eq!(compile_clean("timeline", source, Arch::Sm90a), [ENTRY]);
+}
+
+#[test]
 fn eight_sequences_compile() {
     check("0.6B", Arch::Sm90a, 8);
 }

@@ -48,8 +48,8 @@ fn row_at(now: &Now<'_>, slot: usize, kv_head: usize, position: usize) -> usize 
         * program.attention.head_dim
 }
 
-/// Positions that a CTA of the device reads at once: 16 bytes a lane. They are the grain of the interleaving.
-fn round_of(attention: &Attention) -> usize {
+/// Positions of a stripe, the grain of the interleaving: what a CTA of the device reads at once, 16 bytes a lane.
+fn stripe_of(attention: &Attention) -> usize {
     256 / attention.head_dim * CONSUMER_WARPS
 }
 
@@ -204,8 +204,8 @@ impl Cta {
         };
         // Positions of this very step are not in the cache yet; they came with the exchange.
         let cached = this.position - (column - this.first);
-        let round = round_of(a);
-        let of_split = |position: &usize| position / round % now.kv_splits == split;
+        let stripe = stripe_of(a);
+        let of_split = |position: &usize| position / stripe % now.kv_splits == split;
         let mut rows = Vec::new();
         for position in (0..=this.position).filter(of_split) {
             if position < cached {

@@ -16,8 +16,7 @@ struct Place {
     column: usize,
 }
 
-/// The scattered stream's units, `[producers side by side, columns, words]`, as they are shared out and as they lie in the
-/// exchange area.
+/// The scattered stream's units, `[producers side by side, columns, words]`, as they are shared out.
 fn place(view: &View<'_>, columns: usize, index: usize) -> Place {
     let words = view.source().words();
     Place {
@@ -26,9 +25,9 @@ fn place(view: &View<'_>, columns: usize, index: usize) -> Place {
     }
 }
 
-fn index_of(view: &View<'_>, columns: usize, unit: usize, column: usize) -> usize {
-    let words = view.source().words();
-    (unit / words * columns + column) * words + unit % words
+/// Where a unit lies: `[columns, units]`.
+fn index_of(view: &View<'_>, unit: usize, column: usize) -> usize {
+    column * view.units() + unit
 }
 
 impl Cta {
@@ -150,8 +149,8 @@ impl Cta {
             for (value, sum) in values.iter_mut().zip(sum) {
                 *value += sum;
             }
-            let area = &now.shared.area;
-            area.publish_values(words_at + index, values, now.epoch)?;
+            let at = words_at + index_of(&view, unit, column);
+            now.shared.area.publish_values(at, values, now.epoch)?;
         }
         Ok(())
     }
@@ -171,7 +170,7 @@ impl Cta {
             for unit in 0..view.units() {
                 let span = view.span(unit);
                 if !span.is_empty() {
-                    let at = words_at + index_of(&view, columns, unit, column);
+                    let at = words_at + index_of(&view, unit, column);
                     let values = now.shared.area.take_values(at, now.epoch)?;
                     self.prepare(now, operand, column, span.start, &values[..span.len()]);
                 }
@@ -199,7 +198,7 @@ impl Cta {
                     let mut values = [0.0; VALUES_PER_WORD];
                     let row = &stream[column * hidden..][..hidden];
                     values[..span.len()].copy_from_slice(&row[span]);
-                    let at = words_at + index_of(&view, columns, unit, column);
+                    let at = words_at + index_of(&view, unit, column);
                     now.shared.area.publish_values(at, &values, now.epoch)?;
                 }
             }

@@ -46,7 +46,7 @@ pub(super) struct PrefillColumn {
     pub(super) first: u32,
 }
 
-/// The kernel's one parameter. Addresses are of device memory, but for the last two.
+/// The kernel's one parameter. Addresses are of device memory, but for those of `tokens_out` and `cancel`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub(super) struct Params {
@@ -69,8 +69,10 @@ pub(super) struct Params {
     pub(super) prefill_steps: u32,
     pub(super) batch: u32,
     pub(super) epoch: u32,
-    /// Fills the structure up to its alignment.
-    pub(super) unused: u32,
+    /// Events of a CTA that fit the trace.
+    pub(super) trace_events: u32,
+    /// Of a kernel with a timeline, else null.
+    pub(super) trace: u64,
 }
 
 impl From<generate::PrefillColumn> for PrefillColumn {
@@ -92,6 +94,6 @@ mod tests {
     fn sizes_are_those_of_the_device() {
         assert_eq!(size_of::<Sequence>(), 48);
         assert_eq!(size_of::<PrefillColumn>(), 16);
-        assert_eq!(size_of::<Params>(), 144);
+        assert_eq!(size_of::<Params>(), 152);
     }
 }

@@ -7,6 +7,7 @@
 mod launch;
 mod phased;
 mod run;
+pub mod timeline;
 
 use half::bf16;
 use mirage_compiler::emit::{ENTRY, PhasedSource};
@@ -15,6 +16,7 @@ use rayon::prelude::*;
 
 use self::phased::Chain;
 use self::run::Staged;
+use self::timeline::Timeline;
 use crate::checkpoint::Checkpoint;
 use crate::gpu::{DeviceBuffer, Function, Gpu, GpuError, MappedBuffer, Module, Stream};
 use crate::pack::{PackError, Packer, rope_table};
@@ -93,6 +95,8 @@ pub struct Megakernel {
     form: Form,
     chain: Option<Chain>,
     kernel_ms: Option<f32>,
+    /// `[ctas, EVENTS, 2]`, of a kernel with a timeline.
+    trace: Option<DeviceBuffer<u32>>,
 }
 
 impl Megakernel {
@@ -157,6 +161,7 @@ impl Megakernel {
             form: Form::Persistent,
             chain: None,
             kernel_ms: None,
+            trace: None,
             gpu: gpu.clone(),
             stream,
             function,
@@ -175,6 +180,28 @@ impl Megakernel {
     ) -> Result<(), MegakernelError> {
         self.chain = Some(Chain::load(&self.gpu, &self.program, source, cubin)?);
         Ok(())
+    }
+
+    /// Makes room for the timeline of a kernel that was compiled with one (`CudaSource::traced`).
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn record_timeline(&mut self) -> Result<(), MegakernelError> {
+        let words = self.program.mesh.ctas * timeline::EVENTS * 2;
+        self.trace = Some(DeviceBuffer::zeroed(&self.gpu, words)?);
+        Ok(())
+    }
+
+    /// The timeline of the last generation; empty where none is recorded.
+    ///
+    /// # Errors
+    /// A failing driver call.
+    pub fn timeline(&self) -> Result<Timeline, MegakernelError> {
+        let words = match &self.trace {
+            Some(trace) => trace.to_vec(&self.stream)?,
+            None => Vec::new(),
+        };
+        Ok(Timeline::new(&self.program, &words))
     }
 
     /// Chooses how the next generations run. Without a chain all are persistent.

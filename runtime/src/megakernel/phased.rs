@@ -207,6 +207,6 @@ mod tests {
     #[test]
     fn sizes_are_those_of_the_device() {
         assert_eq!(size_of::<State>(), 536);
-        assert_eq!(size_of::<PhasedParams>(), 144 + 24);
+        assert_eq!(size_of::<PhasedParams>(), 152 + 24);
     }
 }

@@ -8,7 +8,7 @@ use mirage_compiler::program::{THREADS, step_epochs};
 
 use super::launch::{Params, PrefillColumn, Sequence};
 use super::phased::State;
-use super::{Form, Megakernel, MegakernelError};
+use super::{Form, Megakernel, MegakernelError, timeline};
 use crate::generate::{
     CancelHandle, Event, Executor, FinishReason, GenerateError, GenerateRequest, Limits, Logits,
     PrefillSequence, prefill_steps,
@@ -254,6 +254,9 @@ impl Megakernel {
         stage(&mut self.staged.sequences, gpu, stream, &sequences)?;
         stage(&mut self.staged.prefill, gpu, stream, &columns)?;
         stage(&mut self.staged.stop_tokens, gpu, stream, &stop_tokens)?;
+        if let Some(trace) = &mut self.trace {
+            trace.clear(stream)?;
+        }
         let logits_dump = DeviceBuffer::zeroed(gpu, rows * self.program.vocab)?;
         let params = Params {
             weights: self.weights.device_pointer(),
@@ -275,7 +278,12 @@ impl Megakernel {
             prefill_steps: steps.len() as u32,
             batch: batch.len() as u32,
             epoch: self.epoch,
-            unused: 0,
+            trace_events: if self.trace.is_some() {
+                timeline::EVENTS as u32
+            } else {
+                0
+            },
+            trace: self.trace.as_ref().map_or(0, DeviceBuffer::device_pointer),
         };
         let state = self.first_state(batch, &params);
         self.epoch = self.epoch.saturating_add(epochs);
