@@ -97,6 +97,13 @@ fn the_default_kernel_compiles_for_geforce_blackwell() {
 }
 
 #[test]
+fn pages_of_ampere_compile_for_hopper() {
+    let (_, program) = compile("0.6B", Arch::Sm90a, 1);
+    let source = cuda_source(&program, Arch::Sm80);
+    assert_eq!(compile_clean("cp.async", source, Arch::Sm90a), [ENTRY]);
+}
+
+#[test]
 fn a_timeline_compiles() {
     let (_, program) = compile("0.6B", Arch::Sm90a, 1);
     let source = cuda_source(&program, Arch::Sm90a).traced();

@@ -101,6 +101,23 @@ impl Kernel {
         Kernel { program, cubin }
     }
 
+    /// The same program, its weights brought by the instructions of an older architecture, which newer GPUs have too.
+    pub(crate) fn with_pages_of(&self, arch: Arch) -> Kernel {
+        Kernel {
+            program: self.program.clone(),
+            cubin: build(cuda_source(&self.program, arch), gpu_model().arch),
+        }
+    }
+
+    /// The same program with its timeline.
+    pub(crate) fn traced(&self) -> Kernel {
+        let arch = gpu_model().arch;
+        Kernel {
+            program: self.program.clone(),
+            cubin: build(cuda_source(&self.program, arch).traced(), arch),
+        }
+    }
+
     /// The same program as a chain of kernels.
     pub(crate) fn phased(&self) -> (PhasedSource, Vec<u8>) {
         let arch = gpu_model().arch;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use mirage_compiler::arch::Arch;
 use mirage_compiler::mesh::{Placement, Split};
 use mirage_compiler::plan::StreamForm;
 use mirage_runtime::generate::{Executor, GenerateRequest};
@@ -212,5 +213,49 @@ fn tokens_are_the_cpu_sampler_s() {
         let kernel = Kernel::planned(&model, batch, 64);
         let turn = turn();
         check_sampler(&mut kernel.load(&turn, &model));
+    }
+}
+
+#[test]
+fn pages_of_an_older_architecture_bring_the_same_bits() {
+    let model = tiny();
+    let kernel = Kernel::planned(&model, 8, 256);
+    let older = kernel.with_pages_of(Arch::Sm80);
+    assert_ne!(kernel.cubin, older.cubin);
+    let sequences = prompts(&LENGTHS[..8], kernel.program.vocab);
+    let turn = turn();
+    let want = kernel.load(&turn, &model).score(&sequences).unwrap();
+    let got = older.load(&turn, &model).score(&sequences).unwrap();
+    assert!(got == want);
+}
+
+#[test]
+fn a_timeline_changes_nothing_and_records_every_step() {
+    let model = tiny();
+    let kernel = Kernel::planned(&model, 1, 256);
+    let traced = kernel.traced();
+    let request = [GenerateRequest::greedy(vec![5; 40], 12)];
+    let turn = turn();
+    let want = kernel.load(&turn, &model).generate_all(&request).unwrap();
+    let mut gpu = traced.load(&turn, &model);
+    gpu.record_timeline().unwrap();
+    assert_eq!(gpu.generate_all(&request).unwrap(), want);
+    let timeline = gpu.timeline().unwrap();
+    let made = want[0].tokens.len();
+    let prefills = 39usize.div_ceil(kernel.program.prefill.columns);
+    assert_eq!(timeline.steps, [prefills, made]);
+    assert_eq!(timeline.workers, kernel.program.mesh.workers());
+    let layer = &kernel.program.decode.layer;
+    let times = timeline.workers * kernel.program.layers * made;
+    for phase in layer {
+        let name = kernel.program.describe(phase);
+        let ends = timeline.parts[1]
+            .iter()
+            .filter(|part| part.phase == name && part.until.is_empty());
+        assert_eq!(
+            ends.map(|part| part.clocks.len()).sum::<usize>(),
+            times,
+            "{name}"
+        );
     }
 }
