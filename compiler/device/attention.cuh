@@ -8,7 +8,7 @@
 // Where columns are positions of one sequence (prefill), a member gathers q, k and v of all columns; where every column
 // is a sequence of its own (decode), only its task's.
 //
-// A, an attention: kLayers of the model; kHeads and kKvHeads of a group, kAllKvHeads, kHeadDim, kHeadsPerTask (query
+// A, an attention: kHeads and kKvHeads of a group, kAllKvHeads, kHeadDim, kHeadsPerTask (query
 // heads that share a read of K and V), kScale (of the scores, times log2 e), kQNorm, kQGammaAt and kQEps, the same of
 // K, kGammaStride, kWidth (a group's q, k and v rows), kSlots, kMaxSeq, kWordsAt.
 #pragma once

@@ -269,7 +269,6 @@ impl Emitter<'_> {
         let a = &p.attention;
         line!(self, "// {}", comment(&a.sources));
         line!(self, "struct {} {{", node_type(&a.name));
-        self.constant("kLayers", p.layers);
         self.constant("kHeads", a.heads);
         self.constant("kKvHeads", a.kv_heads);
         self.constant("kAllKvHeads", a.kv_heads * p.mesh.groups);
