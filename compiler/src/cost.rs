@@ -27,8 +27,8 @@ pub struct Machine {
     pub pass: f64,
     /// An attention task's fixed part: norms, RoPE, merges.
     pub attention: f64,
-    /// Four stripes of K and V reads of a task.
-    pub kv_stripe: f64,
+    /// A batch of K and V reads of a task: four stripes (`device/kv_cache.cuh`).
+    pub kv_batch: f64,
     /// Its scores and sums, per query head.
     pub kv_head: f64,
     /// A page of weights from memory when little else is asked for.
@@ -50,7 +50,7 @@ impl Machine {
             linear: 0.35,
             pass: 0.25,
             attention: 0.7,
-            kv_stripe: 0.5,
+            kv_batch: 0.5,
             kv_head: 0.1,
             page_latency: 0.7,
             page: 0.25,

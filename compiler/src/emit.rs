@@ -29,13 +29,15 @@ macro_rules! headers {
     };
 }
 
-const HEADERS: [(&str, &str); 15] = headers![
+const HEADERS: [(&str, &str); 18] = headers![
     "attention.cuh",
     "context.cuh",
     "exchange.cuh",
     "generate.cuh",
     "grid.cuh",
     "head.cuh",
+    "heads.cuh",
+    "kv_cache.cuh",
     "linear.cuh",
     "mirage.cuh",
     "prelude.cuh",
@@ -43,6 +45,7 @@ const HEADERS: [(&str, &str); 15] = headers![
     "residual.cuh",
     "ring.cuh",
     "sampling.cuh",
+    "tasks.cuh",
     "trace.cuh",
     "words.cuh",
 ];

@@ -500,8 +500,8 @@ impl Search<'_> {
         let stripe = CONSUMER_WARPS * 32 * 8 / a.head_dim;
         let stripes = self.target.depth().div_ceil(stripe);
         let active = stripes.min(step.kv_splits);
-        let of_stripe = machine.kv_stripe + machine.kv_head * frame.heads_per_task as f64;
-        let task = stripes.div_ceil(active).div_ceil(4) as f64 * of_stripe;
+        let of_batch = machine.kv_batch + machine.kv_head * frame.heads_per_task as f64;
+        let task = stripes.div_ceil(active).div_ceil(4) as f64 * of_batch;
         let heads_of_reader = if self.stream_placement(frame).groups == Split::Rows {
             a.heads
         } else {

@@ -47,7 +47,7 @@ pub struct Part {
 /// Parts of the steps of a generation.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Timeline {
-    /// Steps of each kind that were recorded whole: prefill and decode.
+    /// Steps of each kind that were recorded, the last perhaps in part: prefill and decode.
     pub steps: [usize; 2],
     /// Parts by kind of step and place in it.
     pub parts: [Vec<Part>; 2],
