@@ -3,6 +3,7 @@
 //! Owns the arithmetic of shares, which the device library repeats (`device/prelude.cuh`, `share_of`), and nothing else.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +14,23 @@ pub struct Share {
     pub begin: usize,
     /// How many.
     pub count: usize,
+}
+
+impl Share {
+    /// The things it holds.
+    pub fn indices(&self) -> Range<usize> {
+        self.begin..self.begin + self.count
+    }
+
+    /// What it has in common with another; empty where that is nothing.
+    pub fn overlap(&self, other: &Share) -> Share {
+        let (of, with) = (self.indices(), other.indices());
+        let begin = of.start.max(with.start);
+        Share {
+            begin,
+            count: of.end.min(with.end).saturating_sub(begin),
+        }
+    }
 }
 
 /// Share `index` of `total` things over `parts`: the first `total % parts` shares hold one more.
@@ -134,6 +152,19 @@ impl fmt::Display for Placement {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn overlaps_are_what_both_hold() {
+        let share = |begin, count| Share { begin, count };
+        let check = |a: Share, b: Share, expect: &[usize]| {
+            assert_eq!(a.overlap(&b).indices().collect::<Vec<_>>(), expect);
+            assert_eq!(b.overlap(&a).indices().collect::<Vec<_>>(), expect);
+        };
+        check(share(2, 4), share(4, 9), &[4, 5]);
+        check(share(2, 4), share(3, 1), &[3]);
+        check(share(2, 4), share(6, 3), &[]);
+        check(share(2, 4), share(9, 3), &[]);
+    }
 
     #[test]
     fn shares_tile_the_whole() {

@@ -20,7 +20,7 @@ use crate::plan::{Plan, StreamForm};
 
 pub use layout::{Region, SharedLayout};
 pub use lower::ProgramError;
-pub use stream::{Element, TILE_BYTES, Tile};
+pub use stream::{Block, Element, TILE_BYTES, Tile};
 pub use verify::{Rule, Violation};
 
 /// Values an exchange word carries (`device/words.cuh`).

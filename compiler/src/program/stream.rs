@@ -1,9 +1,12 @@
 //! The weight stream: the order in which a CTA consumes its tiles, which is the order in which they lie in memory.
 //!
-//! Owns the order and the fragment layout of a tile; the device library follows the same order in `device/linear.cuh`.
+//! Owns the order and the fragment layout of a tile; the device library follows the same order in `device/linear.cuh`, and
+//! the same layout in `device/repack.cuh`. Whoever fills a stream, tile by tile or in pieces from many sides, takes the order
+//! from [`Program::blocks`].
 
 use super::{Linear, Program, RowOrder, TILE};
 use crate::fuse::WeightId;
+use crate::mesh::Share;
 
 /// Bytes of a tile of 16 x 16 bf16 weights.
 pub const TILE_BYTES: usize = TILE * TILE * 2;
@@ -19,6 +22,22 @@ pub struct Tile {
     pub row: usize,
     /// Column tile.
     pub k: usize,
+}
+
+/// Tiles that follow each other in a CTA's stream: those of one pass over its slice of a linear, column tile after column
+/// tile, in each the pass's row tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Index in [`Program::linears`]; `None` for the head.
+    pub linear: Option<usize>,
+    /// Layer; zero for the head.
+    pub layer: usize,
+    /// Row tiles of the packed weight.
+    pub rows: Share,
+    /// Column tiles.
+    pub k: Share,
+    /// Byte offset of its first tile in the CTA's stream.
+    pub at: usize,
 }
 
 /// A row of a checkpoint's tensor.
@@ -81,59 +100,93 @@ impl Linear {
     }
 }
 
+impl Block {
+    /// Bytes of its tiles.
+    pub fn bytes(&self) -> usize {
+        self.k.count * self.column_bytes()
+    }
+
+    /// Bytes of a column of tiles: how far a row tile's tiles are apart.
+    pub fn column_bytes(&self) -> usize {
+        self.rows.count * TILE_BYTES
+    }
+
+    /// Byte offset in the CTA's stream of the first tile of the block's row tile `row`, counted as in [`Tile::row`]; its
+    /// further tiles follow every [`Self::column_bytes`].
+    pub fn row_at(&self, row: usize) -> usize {
+        self.at + (row - self.rows.begin) * TILE_BYTES
+    }
+}
+
 impl Program {
+    /// A CTA's stream, block by block.
+    pub fn blocks(&self, cta: usize) -> impl Iterator<Item = Block> {
+        let mut at = 0;
+        self.slices(cta)
+            .flat_map(|(linear, layer, rows, k)| {
+                let of = self.linear(linear);
+                (0..of.tiling.passes).map(move |pass| Block {
+                    linear,
+                    layer,
+                    rows: Share {
+                        begin: rows.begin + pass * of.tiling.pass_tiles,
+                        count: of.pass_rows(rows.count, pass),
+                    },
+                    k,
+                    at: 0,
+                })
+            })
+            .filter(|block| block.bytes() > 0)
+            .map(move |block| {
+                let block = Block { at, ..block };
+                at += block.bytes();
+                block
+            })
+    }
+
+    /// What a CTA has of every linear, in the order of its stream: which linear, the layer, row tiles, column tiles.
+    fn slices(&self, cta: usize) -> impl Iterator<Item = (Option<usize>, usize, Share, Share)> {
+        let worker = (cta < self.mesh.workers()).then(|| self.mesh.coordinates(cta));
+        let of_layers = worker.into_iter().flat_map(move |(group, member)| {
+            let of_layer = move |layer| {
+                self.linears.iter().enumerate().map(move |(index, linear)| {
+                    let (rows, k) = linear.slice(&self.mesh, group, member);
+                    (Some(index), layer, rows, k)
+                })
+            };
+            (0..self.layers).flat_map(of_layer)
+        });
+        let all_columns = Share {
+            begin: 0,
+            count: self.head.k_tiles,
+        };
+        of_layers.chain([(None, 0, self.head_rows(cta), all_columns)])
+    }
+
+    /// The linear of that index; the head for `None`.
+    pub fn linear(&self, index: Option<usize>) -> &Linear {
+        index.map_or(&self.head, |index| &self.linears[index])
+    }
+
     /// Calls `f` for every tile of a CTA, in the order of its stream.
     pub fn for_each_tile(&self, cta: usize, mut f: impl FnMut(Tile)) {
-        let mut walk = |linear: &Linear,
-                        index: Option<usize>,
-                        layer: usize,
-                        rows: crate::mesh::Share,
-                        k: crate::mesh::Share| {
-            for pass in 0..linear.tiling.passes {
-                for k_tile in 0..k.count {
-                    for row in 0..linear.pass_rows(rows.count, pass) {
-                        f(Tile {
-                            linear: index,
-                            layer,
-                            row: rows.begin + pass * linear.tiling.pass_tiles + row,
-                            k: k.begin + k_tile,
-                        });
-                    }
-                }
-            }
-        };
-        if cta < self.mesh.workers() {
-            let (group, member) = self.mesh.coordinates(cta);
-            for layer in 0..self.layers {
-                for (index, linear) in self.linears.iter().enumerate() {
-                    let (rows, k) = linear.slice(&self.mesh, group, member);
-                    walk(linear, Some(index), layer, rows, k);
+        for block in self.blocks(cta) {
+            for k in block.k.indices() {
+                for row in block.rows.indices() {
+                    f(Tile {
+                        linear: block.linear,
+                        layer: block.layer,
+                        row,
+                        k,
+                    });
                 }
             }
         }
-        walk(
-            &self.head,
-            None,
-            0,
-            self.head_rows(cta),
-            crate::mesh::Share {
-                begin: 0,
-                count: self.head.k_tiles,
-            },
-        );
     }
 
     /// Bytes of a CTA's stream.
     pub fn stream_bytes(&self, cta: usize) -> usize {
-        let mut tiles = self.head_rows(cta).count * self.head.k_tiles;
-        if cta < self.mesh.workers() {
-            let (group, member) = self.mesh.coordinates(cta);
-            for linear in &self.linears {
-                let (rows, k) = linear.slice(&self.mesh, group, member);
-                tiles += self.layers * rows.count * k.count;
-            }
-        }
-        tiles * TILE_BYTES
+        self.blocks(cta).map(|block| block.bytes()).sum()
     }
 
     /// Byte offset of every CTA's stream in the weights array, and the array's length behind them.
