@@ -13,6 +13,8 @@ use crate::program::{Along, Exchange, Linear, Next, Norm, Phase, Program, Step, 
 
 /// Name of the kernel's entry point.
 pub const ENTRY: &str = "mirage_generate";
+/// Name of the kernel beside it that puts weights into the order of the streams (`device/repack.cuh`).
+pub const REPACK_ENTRY: &str = "mirage_repack";
 
 /// A CUDA translation unit with its headers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,7 +31,7 @@ macro_rules! headers {
     };
 }
 
-const HEADERS: [(&str, &str); 18] = headers![
+const HEADERS: [(&str, &str); 19] = headers![
     "attention.cuh",
     "context.cuh",
     "exchange.cuh",
@@ -42,6 +44,7 @@ const HEADERS: [(&str, &str); 18] = headers![
     "mirage.cuh",
     "prelude.cuh",
     "random.cuh",
+    "repack.cuh",
     "residual.cuh",
     "ring.cuh",
     "sampling.cuh",
