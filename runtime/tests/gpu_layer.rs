@@ -3,7 +3,8 @@
 use std::sync::atomic::Ordering;
 
 use mirage_runtime::gpu::{
-    DeviceBuffer, Event, Function, Gpu, GpuError, LaunchConfig, MappedBuffer, Module, Stream,
+    DeviceBuffer, Event, Function, Gpu, GpuError, LaunchConfig, MappedBuffer, Module,
+    StagingBuffer, Stream,
 };
 
 /// `out[i] = in[i] + add` for `i < count`, and then a flag for the host. PTX, so that no compiler is needed.
@@ -175,6 +176,36 @@ fn copies_keep_to_their_ranges() {
     );
     buffer.clear(&stream).unwrap();
     assert_eq!(buffer.to_vec(&stream).unwrap(), [0; 8]);
+}
+
+#[test]
+fn staging_memory_is_filled_again_only_after_its_copy() {
+    let Fixture { gpu, stream, .. } = fixture();
+    const LENGTH: usize = 1 << 20;
+    let mut host = StagingBuffer::<u32>::zeroed(&gpu, LENGTH).unwrap();
+    assert!(host.is_page_locked());
+    let mut device = DeviceBuffer::<u32>::zeroed(&gpu, 8 * LENGTH).unwrap();
+    for turn in 0..8u32 {
+        host.wait().unwrap().fill(turn + 1);
+        let start = turn as usize * LENGTH;
+        host.send(&stream, LENGTH, &mut device, start).unwrap();
+    }
+    drop(host);
+    let values = device.to_vec(&stream).unwrap();
+    for (turn, values) in values.chunks(LENGTH).enumerate() {
+        assert!(values.iter().all(|&value| value == turn as u32 + 1));
+    }
+    let mut copy = DeviceBuffer::<u32>::zeroed(&gpu, 8).unwrap();
+    copy.enqueue_copy_of(&stream, 5, &device, 2).unwrap();
+    assert_eq!(copy.to_vec(&stream).unwrap(), [0, 0, 0, 0, 0, 1, 1, 0]);
+
+    let mut small = StagingBuffer::<u32>::zeroed(&gpu, 4).unwrap();
+    let range = |start, end, length| Err(GpuError::Range { start, end, length });
+    assert_eq!(small.send(&stream, 5, &mut device, 0), range(0, 5, 4));
+    assert_eq!(small.send(&stream, 4, &mut copy, 6), range(6, 10, 8));
+    assert_eq!(copy.enqueue_copy_of(&stream, 7, &device, 2), range(7, 9, 8));
+    let short = DeviceBuffer::<u32>::zeroed(&gpu, 1).unwrap();
+    assert_eq!(copy.enqueue_copy_of(&stream, 0, &short, 2), range(0, 2, 1));
 }
 
 #[test]

@@ -146,6 +146,10 @@ impl<'a> Tensor<'a> {
     ) -> Result<(), CheckpointError> {
         let bytes = self.slice(row, start, out.len())?;
         match self.dtype {
+            // A copy in one piece where the machine's order is the file's: loading is as fast as this line.
+            Dtype::Bf16 if cfg!(target_endian = "little") => {
+                bytemuck::cast_slice_mut::<_, u8>(out).copy_from_slice(bytes);
+            }
             Dtype::Bf16 => convert(bytes, out, bf16::from_le_bytes),
             // f16 to f32 is exact, so this rounds once.
             Dtype::F16 => convert(bytes, out, |b| {

@@ -75,12 +75,33 @@ impl<T: Pod> DeviceBuffer<T> {
     /// # Errors
     /// [`GpuError::Range`], or a failing driver call.
     pub fn copy_from(&mut self, stream: &Stream, start: usize, data: &[T]) -> Result<(), GpuError> {
+        if data.is_empty() {
+            return self.check_range(start, 0);
+        }
+        // SAFETY: `data` is borrowed until the wait is over.
+        unsafe { self.enqueue_copy_from(stream, start, data) }?;
+        stream.synchronize()
+    }
+
+    /// Copies `data` to the elements from `start` on, in the order of `stream`; does not wait.
+    ///
+    /// # Errors
+    /// [`GpuError::Range`], or a failing driver call.
+    ///
+    /// # Safety
+    /// `data` must stay as it is until the copy has ended.
+    pub unsafe fn enqueue_copy_from(
+        &mut self,
+        stream: &Stream,
+        start: usize,
+        data: &[T],
+    ) -> Result<(), GpuError> {
         self.check_range(start, data.len())?;
         if data.is_empty() {
             return Ok(());
         }
         stream.bind_with(&self.gpu)?;
-        // SAFETY: both ranges have this many bytes, and `data` is borrowed until the wait below is over.
+        // SAFETY: both ranges have this many bytes; that the source stays is the caller's promise.
         check("cuMemcpyHtoDAsync", unsafe {
             sys::cuMemcpyHtoDAsync_v2(
                 self.at(start),
@@ -88,8 +109,36 @@ impl<T: Pod> DeviceBuffer<T> {
                 size_of_val(data),
                 stream.raw(),
             )
-        })?;
-        stream.synchronize()
+        })
+    }
+
+    /// Copies the first `length` elements of `other` to those from `start` on, in the order of `stream`; does not wait.
+    ///
+    /// # Errors
+    /// [`GpuError::Range`], or a failing driver call.
+    pub fn enqueue_copy_of(
+        &mut self,
+        stream: &Stream,
+        start: usize,
+        other: &Self,
+        length: usize,
+    ) -> Result<(), GpuError> {
+        self.check_range(start, length)?;
+        other.check_range(0, length)?;
+        if length == 0 {
+            return Ok(());
+        }
+        stream.bind_with(&self.gpu)?;
+        stream.bind_with(&other.gpu)?;
+        // SAFETY: both ranges have this many bytes; freeing either buffer waits for the copy.
+        check("cuMemcpyDtoDAsync", unsafe {
+            sys::cuMemcpyDtoDAsync_v2(
+                self.at(start),
+                other.pointer,
+                byte_count::<T>(length),
+                stream.raw(),
+            )
+        })
     }
 
     /// Copies the elements from `start` on to `data`, in the order of `stream`, and waits.
@@ -246,7 +295,7 @@ impl Drop for MappedBuffer {
 }
 
 /// Bytes of `length` elements; an absurd product saturates and is then refused by the driver as out of memory.
-fn byte_count<T>(length: usize) -> usize {
+pub(super) fn byte_count<T>(length: usize) -> usize {
     length.saturating_mul(size_of::<T>())
 }
 

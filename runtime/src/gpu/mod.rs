@@ -6,7 +6,7 @@
 //!
 //! What is safe and what is not: allocation, copies that wait, streams, events and queries are safe. A launch is `unsafe`,
 //! because the kernel follows raw device pointers that no Rust type can vouch for; so are copies that return before the
-//! host memory they read or write is free again.
+//! host memory they read or write is free again, unless the memory knows of them ([`StagingBuffer`]).
 //!
 //! The driver library is loaded when the first [`Gpu`] is opened. Only symbols of CUDA 12.0 are used, so any driver from
 //! [`MINIMUM_DRIVER`] on works; whether it also accepts a cubin depends on the compiler that made it
@@ -15,6 +15,7 @@
 mod error;
 mod memory;
 mod module;
+mod staging;
 mod stream;
 
 use std::ffi::{CStr, c_int};
@@ -27,6 +28,7 @@ use mirage_compiler::arch::{DeviceFacts, GpuModel, UnsupportedDevice};
 pub use error::GpuError;
 pub use memory::{DeviceBuffer, MappedBuffer};
 pub use module::{Function, FunctionAttributes, LaunchConfig, Module};
+pub use staging::StagingBuffer;
 pub use stream::{CapturedGraph, Event, Stream};
 
 pub(crate) use error::check;
