@@ -4,19 +4,23 @@
 //! rotary angles. Which tile comes when, which row of the checkpoint it holds and how a tile lies in its 512 bytes is the
 //! program's business (`mirage_compiler::program`); nothing here knows an executor or a GPU.
 //!
-//! Nothing needs to be held twice: [`Packer::pack_stream`] fills a buffer of the caller with the stream of one CTA, and
-//! [`Packer::pack_embedding`] with some rows of the table, so that they can be pinned staging memory on their way to a
-//! GPU. [`HostWeights::pack`] makes all arrays at once, for the CPU.
+//! Two ways lead into the streams. [`Packer::pack_stream`] fills the stream of one CTA, tile by tile, for the CPU:
+//! [`HostWeights::pack`] makes all arrays at once. For a GPU, which puts tiles in their places itself, [`Packer::read_rows`]
+//! reads packed rows as they are, piece by piece, and [`pieces`] says which piece becomes which tiles of whose streams;
+//! nothing is held twice. Both take the order of rows from `Linear::source_row` and the order of tiles from
+//! `Program::blocks`.
 
+pub mod pieces;
 #[cfg(test)]
 mod tests;
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use half::bf16;
 use mirage_compiler::fuse::{Rope, WeightId};
 use mirage_compiler::mesh::Share;
-use mirage_compiler::program::{Linear, Program, TILE, TILE_BYTES};
+use mirage_compiler::program::{Block, Linear, Program, TILE, TILE_BYTES};
 use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, Tensor};
@@ -49,6 +53,8 @@ pub enum PackError {
 const ROW_BYTES: usize = TILE * 2;
 /// Pairs of elements in a row of a tile; a pair is neighbours in the packed tile too.
 const ROW_PAIRS: usize = TILE / 2;
+/// Elements that a thread reads in one go, at least: enough that handing out the work costs nothing beside them.
+const READ_AT_ONCE: usize = 64 << 10;
 
 /// A checkpoint's tensors as a program names them, found and of the right shape.
 #[derive(Debug)]
@@ -92,66 +98,43 @@ impl<'a> Packer<'a> {
         })
     }
 
+    /// The program whose tensors these are.
+    pub fn program(&self) -> &'a Program {
+        self.program
+    }
+
     /// Packs the weight stream of a CTA: its tiles in the order of [`Program::for_each_tile`], padding rows zero. `out` has
     /// [`Program::stream_bytes`] bytes; what it held is overwritten. Runs on the calling thread.
     ///
     /// # Errors
     /// [`PackError::Buffer`] for a buffer of another length.
     pub fn pack_stream(&self, cta: usize, out: &mut [u8]) -> Result<(), PackError> {
-        let program = self.program;
         expect_length(
             "the weight stream of a CTA",
-            program.stream_bytes(cta),
+            self.program.stream_bytes(cta),
             out.len(),
         )?;
-        let mut out = out;
-        if cta < program.mesh.workers() {
-            let (group, member) = program.mesh.coordinates(cta);
-            for layer in 0..program.layers {
-                for linear in &program.linears {
-                    let (rows, k) = linear.slice(&program.mesh, group, member);
-                    out = self.pack_linear(linear, layer, rows, k, out)?;
-                }
-            }
+        for block in self.program.blocks(cta) {
+            self.pack_block(&block, &mut out[block.at..][..block.bytes()])?;
         }
-        let head = &program.head;
-        let k = Share {
-            begin: 0,
-            count: head.k_tiles,
-        };
-        self.pack_linear(head, 0, program.head_rows(cta), k, out)?;
         Ok(())
     }
 
-    /// Packs one linear's slice at the front of `out` and returns what is behind it.
-    fn pack_linear<'b>(
-        &self,
-        linear: &Linear,
-        layer: usize,
-        rows: Share,
-        k: Share,
-        mut out: &'b mut [u8],
-    ) -> Result<&'b mut [u8], PackError> {
-        for pass in 0..linear.tiling.passes {
-            let count = linear.pass_rows(rows.count, pass);
-            if count == 0 {
-                break;
+    /// Packs the tiles of one block.
+    fn pack_block(&self, block: &Block, out: &mut [u8]) -> Result<(), PackError> {
+        let linear = self.program.linear(block.linear);
+        // The block's rows, each cut to its columns: they are read once for every column tile.
+        let sources = rows_of(block.rows)
+            .map(|row| self.row_bytes(linear, block.layer, row, block.k))
+            .collect::<Result<Vec<_>, _>>()?;
+        let columns = out.chunks_exact_mut(block.column_bytes());
+        for (k_tile, tiles) in columns.enumerate() {
+            let rows_of_tiles = sources.chunks_exact(TILE);
+            for (tile, rows) in tiles.chunks_exact_mut(TILE_BYTES).zip(rows_of_tiles) {
+                self.pack_tile(rows, k_tile, tile);
             }
-            let first = rows.begin + pass * linear.tiling.pass_tiles;
-            // The pass's rows, each cut to the slice's columns: they are read once for every column tile.
-            let sources = (first * TILE..(first + count) * TILE)
-                .map(|row| self.row_bytes(linear, layer, row, k))
-                .collect::<Result<Vec<_>, _>>()?;
-            let (pass_out, rest) = out.split_at_mut(count * k.count * TILE_BYTES);
-            for (k_tile, tiles) in pass_out.chunks_exact_mut(count * TILE_BYTES).enumerate() {
-                let rows_of_tiles = sources.chunks_exact(TILE);
-                for (tile, rows) in tiles.chunks_exact_mut(TILE_BYTES).zip(rows_of_tiles) {
-                    self.pack_tile(rows, k_tile, tile);
-                }
-            }
-            out = rest;
         }
-        Ok(out)
+        Ok(())
     }
 
     /// Fills one tile from column tile `k_tile` of 16 rows.
@@ -196,6 +179,36 @@ impl<'a> Packer<'a> {
         )))
     }
 
+    /// Reads the packed rows of some row tiles of a linear (`None` for the head) in all their columns, `[rows, columns]`, rows
+    /// of padding zero. In parallel.
+    ///
+    /// # Errors
+    /// [`PackError::Buffer`] for a buffer of another length.
+    pub fn read_rows(
+        &self,
+        linear: Option<usize>,
+        layer: usize,
+        tiles: Share,
+        out: &mut [bf16],
+    ) -> Result<(), PackError> {
+        let linear = self.program.linear(linear);
+        let columns = linear.columns;
+        expect_length("rows of a weight", tiles.count * TILE * columns, out.len())?;
+        out.par_chunks_mut(columns.max(1))
+            .with_min_len(READ_AT_ONCE.div_ceil(columns.max(1)))
+            .zip(rows_of(tiles))
+            .try_for_each(|(out, row)| match linear.source_row(row) {
+                Some(element) => {
+                    let tensor = self.tensor(element.weight, layer)?;
+                    Ok(tensor.read_bf16(element.row, 0, out)?)
+                }
+                None => {
+                    out.fill(bf16::ZERO);
+                    Ok(())
+                }
+            })
+    }
+
     fn tensor(&self, weight: WeightId, layer: usize) -> Result<&Tensor<'a>, PackError> {
         let of_layers = self.tensors.get(weight.0 as usize);
         of_layers
@@ -221,6 +234,7 @@ impl<'a> Packer<'a> {
         }
         let tensor = self.tensor(self.program.embedding, 0)?;
         out.par_chunks_mut(hidden.max(1))
+            .with_min_len(READ_AT_ONCE.div_ceil(hidden.max(1)))
             .enumerate()
             .try_for_each(|(row, out)| tensor.read_bf16(first + row, 0, out))?;
         Ok(())
@@ -258,6 +272,12 @@ impl<'a> Packer<'a> {
         }
         Ok(())
     }
+}
+
+/// The packed rows of row tiles.
+fn rows_of(tiles: Share) -> Range<usize> {
+    let tiles = tiles.indices();
+    tiles.start * TILE..tiles.end * TILE
 }
 
 /// What stands for the layer's index in a weight's name.

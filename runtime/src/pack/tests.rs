@@ -8,7 +8,7 @@ use super::*;
 use crate::testing::{Choice, Model, Sizes, llama3, planned, qwen3, target};
 
 /// Neither the heads nor the ffn nor the vocabulary divide evenly.
-const SIZES: Sizes = Sizes {
+pub(super) const SIZES: Sizes = Sizes {
     layers: 2,
     hidden: 80,
     ffn: 112,

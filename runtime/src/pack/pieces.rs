@@ -1,0 +1,234 @@
+//! A program's weights cut into pieces that fit a staging buffer, each with the places of its tiles in the streams.
+//!
+//! Owns the cut and the table that goes with a piece to the GPU. A piece is some row tiles of one linear's packed weight,
+//! as [`Packer::read_rows`](super::Packer::read_rows) reads them; the order of its rows is already that of the streams, so
+//! all that is left to say is where tiles go: for every row tile and every CTA that has columns of it, one [`Run`]. Places
+//! come from `Program::blocks`, and nothing here reads a tensor or knows a device.
+
+use bytemuck::{Pod, Zeroable};
+use half::bf16;
+use mirage_compiler::mesh::Share;
+use mirage_compiler::program::{Block, Linear, Program, TILE};
+
+/// Tiles of one row tile that lie in one CTA's stream, at equal distances. The twin of `RepackRun` in
+/// `compiler/device/repack.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Run {
+    /// Byte offset in the weights array, all CTAs' streams, of its first tile.
+    pub at: u64,
+    /// Bytes from a tile to the next.
+    pub stride: u32,
+    /// Row tile, counted within the piece.
+    pub row: u32,
+    /// First column tile.
+    pub k: u32,
+    /// Column tiles.
+    pub count: u32,
+}
+
+/// Elements of a staging buffer that a run takes.
+const RUN_ELEMENTS: usize = size_of::<Run>() / size_of::<bf16>();
+
+/// Some row tiles of a linear, in all columns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Index in [`Program::linears`]; `None` for the head.
+    pub linear: Option<usize>,
+    /// Layer; zero for the head.
+    pub layer: usize,
+    /// Row tiles of the packed weight.
+    pub rows: Share,
+    /// Elements of its rows; in a staging buffer the runs lie behind them.
+    pub elements: usize,
+    /// Where its tiles go; every tile is in one of them.
+    pub runs: Vec<Run>,
+}
+
+impl Piece {
+    /// Elements that it takes in a staging buffer, its runs included.
+    pub fn staged_elements(&self) -> usize {
+        self.elements + self.runs.len() * RUN_ELEMENTS
+    }
+}
+
+/// Cuts all weights of the streams, in the order of layers, the head last, into pieces that take at most `limit` elements
+/// of a staging buffer; a row tile is never cut, even where it takes more.
+pub fn pieces(program: &Program, limit: usize) -> Vec<Piece> {
+    let linears = program.linears.len();
+    // By layer and linear, the head's behind them; offsets are of the weights array here.
+    let mut blocks = vec![Vec::new(); program.layers * linears + 1];
+    for (cta, offset) in (0..program.mesh.ctas).zip(program.stream_offsets()) {
+        for block in program.blocks(cta) {
+            let index = block.linear.map_or(program.layers * linears, |linear| {
+                block.layer * linears + linear
+            });
+            blocks[index].push(Block {
+                at: offset as usize + block.at,
+                ..block
+            });
+        }
+    }
+    let mut pieces = Vec::new();
+    for blocks in &blocks {
+        let Some(&Block { linear, layer, .. }) = blocks.first() else {
+            continue;
+        };
+        let of = program.linear(linear);
+        pieces.extend(cut(of, blocks, limit).into_iter().map(|rows| Piece {
+            linear,
+            layer,
+            rows,
+            elements: rows.count * TILE * of.columns,
+            runs: runs(blocks, rows),
+        }));
+    }
+    pieces
+}
+
+/// The row tiles of each piece of a linear.
+fn cut(linear: &Linear, blocks: &[Block], limit: usize) -> Vec<Share> {
+    let mut sizes = vec![TILE * linear.columns; linear.rows() / TILE];
+    for block in blocks {
+        for row in block.rows.indices() {
+            sizes[row] += RUN_ELEMENTS;
+        }
+    }
+    let mut shares: Vec<Share> = Vec::new();
+    let mut filled = 0;
+    for (row, size) in sizes.into_iter().enumerate() {
+        match shares.last_mut() {
+            Some(share) if filled + size <= limit => share.count += 1,
+            _ => {
+                filled = 0;
+                shares.push(Share {
+                    begin: row,
+                    count: 1,
+                });
+            }
+        }
+        filled += size;
+    }
+    shares
+}
+
+/// The runs of some row tiles. What a GPU addresses fits the fields: 32 bits count tiles of 512 bytes, and the distance
+/// of two column tiles is less than a CTA's part of one linear.
+fn runs(blocks: &[Block], rows: Share) -> Vec<Run> {
+    let of_block = |block: &Block| {
+        let block = *block;
+        block.rows.overlap(&rows).indices().map(move |row| Run {
+            at: block.row_at(row) as u64,
+            stride: block.column_bytes() as u32,
+            row: (row - rows.begin) as u32,
+            k: block.k.begin as u32,
+            count: block.k.count as u32,
+        })
+    };
+    blocks.iter().flat_map(of_block).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pack::tests::SIZES;
+    use crate::pack::{HostWeights, Packer};
+    use crate::testing::{Choice, Model, Sizes, llama3, planned, qwen3, target};
+
+    /// What `mirage_repack` does with a piece, lane by lane, in its own arithmetic. `rows` are the piece's, as pairs of
+    /// columns.
+    fn repack(piece: &Piece, rows: &[u32], columns: usize, weights: &mut [u8], written: &mut [u8]) {
+        let pairs = columns / 2;
+        for run in &piece.runs {
+            for i in 0..run.count as usize {
+                for lane in 0..32 {
+                    let top = (run.row as usize * 16 + lane / 4) * pairs
+                        + lane % 4
+                        + (run.k as usize + i) * 8;
+                    let bottom = top + 8 * pairs;
+                    let fragment = [rows[top], rows[bottom], rows[top + 4], rows[bottom + 4]];
+                    let out = run.at as usize + i * run.stride as usize + lane * 16;
+                    weights[out..out + 16].copy_from_slice(bytemuck::bytes_of(&fragment));
+                    written[out / 16] += 1;
+                }
+            }
+        }
+    }
+
+    /// Pieces, repacked one by one, are the streams; every 16 bytes are written once.
+    fn check(model: &Model, program: &Program, limit: usize) {
+        let packer = Packer::new(program, &model.checkpoint).unwrap();
+        let want = HostWeights::pack(program, &model.checkpoint).unwrap();
+        let mut weights = vec![0xee; want.streams.len()];
+        let mut written = vec![0; weights.len() / 16];
+        for piece in pieces(program, limit) {
+            let of = program.linear(piece.linear);
+            let tile_row = TILE * of.columns + piece.runs.len() / piece.rows.count * RUN_ELEMENTS;
+            assert!(
+                piece.staged_elements() <= limit.max(tile_row),
+                "{} elements",
+                piece.staged_elements()
+            );
+            let mut rows = vec![bf16::ONE; piece.elements];
+            packer
+                .read_rows(piece.linear, piece.layer, piece.rows, &mut rows)
+                .unwrap();
+            let pairs: Vec<u32> = rows
+                .as_chunks()
+                .0
+                .iter()
+                .map(|[low, high]: &[bf16; 2]| {
+                    u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16
+                })
+                .collect();
+            repack(&piece, &pairs, of.columns, &mut weights, &mut written);
+        }
+        assert!(written.iter().all(|&times| times == 1));
+        assert!(weights == want.streams, "{}", program.mesh);
+    }
+
+    #[test]
+    fn repacked_pieces_are_the_streams() {
+        let tied = qwen3(SIZES);
+        let untied = llama3(Sizes {
+            tied: false,
+            ..SIZES
+        });
+        // A row tile at a time; some row tiles; each linear in one piece.
+        for limit in [1, 8_000, usize::MAX] {
+            for model in [&tied, &untied] {
+                for sms in [1, 3, 132] {
+                    check(model, &planned(model, &target(sms, 1, 64)), limit);
+                }
+            }
+            for choice in Choice::all() {
+                check(&tied, &choice.program(&tied, 2, 64), limit);
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_keep_to_the_limit() {
+        let model = qwen3(SIZES);
+        let program = planned(&model, &target(4, 1, 64));
+        let check = |limit, expect: &[usize]| {
+            let head = pieces(&program, limit)
+                .into_iter()
+                .filter(|piece| piece.linear.is_none());
+            assert_eq!(
+                head.map(|piece| piece.rows.count).collect::<Vec<_>>(),
+                expect
+            );
+        };
+        // 75 rows are 5 row tiles of 16 x 80 elements and a run of 12.
+        check(1, &[1; 5]);
+        check(2 * 1292 - 1, &[1; 5]);
+        check(2 * 1292, &[2, 2, 1]);
+        check(usize::MAX, &[5]);
+    }
+
+    #[test]
+    fn a_run_has_the_size_of_its_twin() {
+        assert_eq!(size_of::<Run>(), 24);
+    }
+}
