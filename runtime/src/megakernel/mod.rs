@@ -1,28 +1,30 @@
 //! The GPU executor: a compiled program's one kernel, its weights and its KV cache on a device.
 //!
-//! Owns the device memory of a loaded model; `run.rs` launches. One launch is one generation of a whole batch, from
-//! prompts to last tokens; tokens appear in host memory while it runs. It must not know graphs, text or how requests are
-//! queued.
+//! Owns the device memory of a loaded model; `upload.rs` fills it and `run.rs` launches. One launch is one generation of a
+//! whole batch, from prompts to last tokens; tokens appear in host memory while it runs. It must not know graphs, text or
+//! how requests are queued.
 
 mod launch;
 mod phased;
 mod run;
 pub mod timeline;
+mod upload;
+
+use std::time::Instant;
 
 use half::bf16;
-use mirage_compiler::emit::{ENTRY, PhasedSource};
+use mirage_compiler::emit::{ENTRY, PhasedSource, REPACK_ENTRY};
 use mirage_compiler::program::{Program, THREADS, WORD_BYTES};
-use rayon::prelude::*;
 
 use self::phased::Chain;
 use self::run::Staged;
 use self::timeline::Timeline;
+use self::upload::Upload;
 use crate::checkpoint::Checkpoint;
 use crate::gpu::{DeviceBuffer, Function, Gpu, GpuError, MappedBuffer, Module, Stream};
-use crate::pack::{PackError, Packer, rope_table};
+use crate::pack::{HostWeights, PackError, Packer, rope_table};
 
-/// Packed weights that wait in host memory to be sent, at most.
-const STAGED_BYTES: usize = 2 << 30;
+pub use self::upload::{LoadReport, Staging};
 
 /// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -97,11 +99,12 @@ pub struct Megakernel {
     kernel_ms: Option<f32>,
     /// `[ctas, EVENTS, 2]`, of a kernel with a timeline.
     trace: Option<DeviceBuffer<u32>>,
+    load_report: LoadReport,
 }
 
 impl Megakernel {
-    /// Loads a compiled program and a checkpoint's weights. `progress` hears of the bytes of weights that are on the
-    /// device, and of all there are.
+    /// Loads a compiled program and a checkpoint's weights. `progress` hears of the bytes of the weights' streams and of the
+    /// embedding table that are on the device, and of all there are.
     ///
     /// # Errors
     /// A checkpoint that does not fit the program, a GPU that does not, too little memory, or a failing driver call.
@@ -112,48 +115,57 @@ impl Megakernel {
         checkpoint: &Checkpoint,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Megakernel, MegakernelError> {
-        let function = resident_function(gpu, &program, cubin)?;
+        let staging = Staging::default();
+        Self::load_through(gpu, program, cubin, checkpoint, staging, progress)
+    }
+
+    /// As [`Self::load`], through staging memory of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_through(
+        gpu: &Gpu,
+        program: Program,
+        cubin: &[u8],
+        checkpoint: &Checkpoint,
+        staging: Staging,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Megakernel, MegakernelError> {
+        let begin = Instant::now();
+        let (function, repack) = kernels(gpu, &program, cubin)?;
         let packer = Packer::new(&program, checkpoint)?;
-        let stream = Stream::new(gpu)?;
-        // The largest array first: where memory is short, it is short before minutes of packing.
+        // All memory first: where it is short, it is short before the weights are read.
         let offsets = program.stream_offsets();
         let total = offsets[program.mesh.ctas];
         let mut weights = DeviceBuffer::<u8>::zeroed(gpu, total as usize)?;
         let keys = DeviceBuffer::zeroed(gpu, program.cache_elements())?;
         let values = DeviceBuffer::zeroed(gpu, program.cache_elements())?;
-        // A batch of streams is packed on all cores, then sent; what is staged stays small beside the model.
-        let ctas: Vec<usize> = (0..program.mesh.ctas).collect();
-        let largest = ctas.iter().map(|&cta| program.stream_bytes(cta)).max();
-        let at_once = (STAGED_BYTES / largest.unwrap_or(1).max(1))
-            .min(rayon::current_num_threads())
-            .max(1);
-        for batch in ctas.chunks(at_once) {
-            let packed: Vec<Vec<u8>> = batch
-                .par_iter()
-                .map(|&cta| {
-                    let mut bytes = vec![0; program.stream_bytes(cta)];
-                    packer.pack_stream(cta, &mut bytes).map(|()| bytes)
-                })
-                .collect::<Result<_, PackError>>()?;
-            for (&cta, bytes) in batch.iter().zip(&packed) {
-                weights.copy_from(&stream, offsets[cta] as usize, bytes)?;
-                progress(offsets[cta + 1], total);
-            }
-        }
-        let mut table = vec![bf16::ZERO; program.vocab * program.hidden];
-        packer.pack_embedding(0, &mut table)?;
+        let mut embedding = DeviceBuffer::zeroed(gpu, program.vocab * program.hidden)?;
+        let exchange = DeviceBuffer::zeroed(gpu, program.exchange.words * WORD_BYTES / 4)?;
+        let logits = DeviceBuffer::zeroed(gpu, program.slots * program.vocab)?;
+        let upload = Upload::new(
+            gpu,
+            &packer,
+            &repack,
+            staging,
+            &mut weights,
+            &mut embedding,
+            progress,
+        )?;
+        let prepare = begin.elapsed();
+        let uploaded = upload.run()?;
         let mut norms = vec![bf16::ZERO; program.norms.len];
         packer.pack_norms(&mut norms)?;
-        Ok(Megakernel {
+        let mut model = Megakernel {
             weights,
             stream_offsets: DeviceBuffer::from_slice(gpu, &offsets)?,
-            embedding: DeviceBuffer::from_slice(gpu, &table)?,
+            embedding,
             norms: DeviceBuffer::from_slice(gpu, &norms)?,
             rope: DeviceBuffer::from_slice(gpu, &rope_table(&program))?,
             keys,
             values,
-            exchange: DeviceBuffer::zeroed(gpu, program.exchange.words * WORD_BYTES / 4)?,
-            logits: DeviceBuffer::zeroed(gpu, program.slots * program.vocab)?,
+            exchange,
+            logits,
             tokens_out: MappedBuffer::zeroed(gpu, program.slots * program.max_seq)?,
             cancel: MappedBuffer::zeroed(gpu, 1)?,
             staged: Staged::new(gpu)?,
@@ -162,10 +174,33 @@ impl Megakernel {
             chain: None,
             kernel_ms: None,
             trace: None,
+            load_report: uploaded,
             gpu: gpu.clone(),
-            stream,
+            stream: Stream::new(gpu)?,
             function,
             program,
+        };
+        model.load_report.prepare = prepare;
+        model.load_report.total = begin.elapsed();
+        Ok(model)
+    }
+
+    /// What loading took.
+    pub fn load_report(&self) -> LoadReport {
+        self.load_report
+    }
+
+    /// The weights as they lie on the device, to compare them with [`HostWeights::pack`]: all of them, in host memory.
+    ///
+    /// # Errors
+    /// A failing driver call.
+    pub fn read_weights(&self) -> Result<HostWeights, MegakernelError> {
+        Ok(HostWeights {
+            streams: self.weights.to_vec(&self.stream)?,
+            stream_offsets: self.stream_offsets.to_vec(&self.stream)?,
+            embedding: self.embedding.to_vec(&self.stream)?,
+            norms: self.norms.to_vec(&self.stream)?,
+            rope: self.rope.to_vec(&self.stream)?,
         })
     }
 
@@ -226,12 +261,12 @@ impl Megakernel {
     }
 }
 
-/// The kernel's function, once it is sure that all its CTAs run at the same time.
-fn resident_function(
+/// The kernel, once it is sure that all its CTAs run at the same time, and the one that repacks weights for it.
+fn kernels(
     gpu: &Gpu,
     program: &Program,
     cubin: &[u8],
-) -> Result<Function, MegakernelError> {
+) -> Result<(Function, Function), MegakernelError> {
     let needed = program.mesh.ctas;
     let gpu_name = || gpu.name().to_owned();
     if needed > gpu.sm_count() {
@@ -241,7 +276,8 @@ fn resident_function(
             found: gpu.sm_count(),
         });
     }
-    let function = Module::load(gpu, cubin)?.function(ENTRY)?;
+    let module = Module::load(gpu, cubin)?;
+    let function = module.function(ENTRY)?;
     function.set_dynamic_shared_bytes(program.shared.bytes)?;
     let per_sm = function.max_blocks_per_sm(THREADS, program.shared.bytes)?;
     let found = per_sm * gpu.sm_count();
@@ -252,5 +288,5 @@ fn resident_function(
             found,
         });
     }
-    Ok(function)
+    Ok((function, module.function(REPACK_ENTRY)?))
 }

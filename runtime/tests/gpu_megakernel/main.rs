@@ -7,6 +7,7 @@
 mod common;
 mod device;
 mod endings;
+mod loading;
 mod numerics;
 mod refusals;
 mod sameness;
