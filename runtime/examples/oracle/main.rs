@@ -1,4 +1,4 @@
-//! What the oracle needs of mirage: teacher-forced logits in `oracle/`'s raw format, and step times.
+//! What the oracle needs of mirage: teacher-forced logits in `oracle/`'s raw format, and times.
 //!
 //! ```text
 //! cargo run --release -p mirage-runtime --example oracle -- score GRAPH MODEL BATCH MAX_SEQ PROMPTS.json OUT.f32
@@ -6,12 +6,16 @@
 //! cargo run --release -p mirage-runtime --example oracle -- steps GRAPH MODEL BATCH MAX_SEQ POSITION
 //! cargo run --release -p mirage-runtime --example oracle -- tokens GRAPH MODEL BATCH MAX_SEQ NEW_TOKENS
 //! cargo run --release -p mirage-runtime --example oracle -- timeline GRAPH MODEL BATCH MAX_SEQ POSITION
+//! cargo run --release -p mirage-runtime --example oracle -- load GRAPH MODEL BATCH MAX_SEQ [BUFFERS MB]
 //! ```
 //!
 //! `score` runs the prompts `BATCH` at a time; `oracle/check.py` judges the file. `score-cpu` does the same with the CPU
 //! executor; all others need a GPU. `steps` prints the median time of a
 //! decode step at a position over five runs, greedy and sampled; `timeline` what each part of a step takes. `tokens` makes one generation of a full batch of prompts
-//! of mixed lengths and checks that it repeats, alone and together: one launch each, for a profiler or a sanitizer.
+//! of mixed lengths and checks that it repeats, alone and together: one launch each, for a profiler or a sanitizer. `load`
+//! measures loading the weights from files in the page cache, through so many staging buffers of so many megabytes.
+
+mod load;
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -27,10 +31,10 @@ use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::cpu::CpuModel;
 use mirage_runtime::generate::{Executor, GenerateRequest};
 use mirage_runtime::gpu::Gpu;
-use mirage_runtime::megakernel::Megakernel;
+use mirage_runtime::megakernel::{Megakernel, Staging};
 use mirage_runtime::sampler::SamplingParams;
 
-const USAGE: &str = "score|score-cpu|steps|timeline|tokens GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION | NEW_TOKENS)";
+const USAGE: &str = "score|score-cpu|steps|timeline|tokens|load GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION | NEW_TOKENS | [BUFFERS MB])";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -59,6 +63,16 @@ fn main() -> Result<(), Box<dyn Error>> {
             let mut kernel = load(&gpu, compiled, model)?;
             kernel.record_timeline()?;
             timeline(&mut kernel, batch, position.parse()?)
+        }
+        ("load", sizes @ (&[] | &[_, _])) => {
+            let mut staging = Staging::default();
+            if let &[buffers, megabytes] = sizes {
+                staging.buffers = buffers.parse()?;
+                staging.bytes = megabytes.parse::<usize>()? << 20;
+            }
+            let gpu = Gpu::open(0)?;
+            let compiled = compile(graph, model, gpu.properties().model()?, batch, max_seq)?;
+            load::load(&gpu, &compiled.build()?.artifact, model, staging)
         }
         ("tokens", &[new_tokens]) => tokens(&mut on_gpu()?, batch, new_tokens.parse()?),
         _ => Err(USAGE.into()),
