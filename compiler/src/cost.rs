@@ -35,6 +35,9 @@ pub struct Machine {
     pub page_latency: f64,
     /// What the consumers take to use up a page, beside its bytes: the barrier, the addresses, the release.
     pub page: f64,
+    /// An exchange under a full stream, on average over those of a layer (8B): what a ring does not hold of it, the stream
+    /// stands still.
+    pub wait: f64,
     /// The share of the shorter of weight stream and dependency chain that does not hide behind the longer.
     pub friction: f64,
 }
@@ -54,6 +57,7 @@ impl Machine {
             kv_head: 0.1,
             page_latency: 0.7,
             page: 0.25,
+            wait: 4.7,
             // 10.3 us of stream and 8.95 of chain made 13.6 together.
             friction: 0.37,
         }
@@ -73,6 +77,12 @@ impl Machine {
         self.stream.min(of_cta * ctas as f64)
     }
 
+    /// How long the stream of a layer stands still because the ring is full, in a layer of so many exchanges on so many CTAs.
+    pub fn stalls(&self, ring: &Ring, exchanges: usize, ctas: usize) -> f64 {
+        let ring_time = (ring.pages * ring.page_bytes) as f64 / (self.stream / ctas as f64);
+        exchanges as f64 * (self.wait - ring_time).max(0.0)
+    }
+
     /// Stream and chain of the same layer, which overlap but for the friction between them.
     pub fn overlap(&self, stream: f64, chain: f64) -> f64 {
         stream.max(chain) + self.friction * stream.min(chain)
@@ -81,6 +91,9 @@ impl Machine {
 
 /// Words a thread asks L2 for at once (`device/exchange.cuh`, `kWordsInFlight`).
 pub const WORDS_IN_FLIGHT: usize = 16;
+
+/// How much longer than its chain a layer's stream is where the stream alone counts.
+const STREAM_BOUND: f64 = 2.0;
 
 /// Predicted time of one step, by part. Microseconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -95,4 +108,12 @@ pub struct StepCost {
     pub head: f64,
     /// The whole step.
     pub total: f64,
+}
+
+impl StepCost {
+    /// Whether the memory is the limit by far, so that a wait of the chain hides behind the stream and nothing is gained by
+    /// holding requests back.
+    pub fn stream_bound(&self) -> bool {
+        self.layer_stream > STREAM_BOUND * self.layer_chain
+    }
 }

@@ -448,9 +448,14 @@ impl Search<'_> {
             (stream * machine.stream / rate).max(pages as f64 * machine.page)
         };
         let of_layer: usize = program.linears.iter().map(pages).sum();
-        for (step, with_head) in [(&mut plan.prefill, false), (&mut plan.decode, true)] {
+        let [prefill, decode] = program.steps().map(|(_, step)| program.exchanges(step));
+        for (step, exchanges, with_head) in [
+            (&mut plan.prefill, prefill, false),
+            (&mut plan.decode, decode, true),
+        ] {
             let cost = &mut step.cost;
-            cost.layer_stream = stretched(cost.layer_stream, mesh.workers(), of_layer);
+            cost.layer_stream = stretched(cost.layer_stream, mesh.workers(), of_layer)
+                + machine.stalls(ring, exchanges, mesh.workers());
             cost.layer = machine.overlap(cost.layer_stream, cost.layer_chain);
             if with_head {
                 cost.head = stretched(cost.head, mesh.ctas, pages(&program.head));

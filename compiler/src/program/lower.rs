@@ -210,7 +210,9 @@ impl Lowering<'_> {
             .max()
             .unwrap_or(TILE_BYTES);
         let limit = self.target.gpu.smem_per_block_optin as usize;
-        let Some((shared, ring)) = layout::shared_memory(regions, page, limit) else {
+        let Some((shared, ring)) =
+            layout::shared_memory(regions, page, limit, plan.decode.cost.stream_bound())
+        else {
             return Ok(None);
         };
         Ok(Some(Program {
