@@ -201,16 +201,16 @@ MIRAGE_DEVICE void generate(const Params& params) {
   }
   begin_decode<Model>(x);
 #pragma unroll 1
-  for (uint32_t parity = 0;; parity ^= 1, epoch += Model::kStepEpochs) {
-    const uint32_t cancelled = cancelled_by_host(x);
+  for (;; epoch += Model::kStepEpochs) {
     x.mark(Mark::kDecodeStep);
     load_rope<Model, C>(x);
     sync_consumers();
     Model::decode_layers(x, epoch);
     const uint32_t last = epoch + Model::kLayers + 1;
+    const uint32_t parity = epoch / Model::kStepEpochs % 2;
     uint4* candidates = candidates_of<Model>(params, parity);
     x.mark(Mark::kHead);
-    lm_head<typename Model::Head, C, Mesh>(x, candidates, cancelled != 0, last);
+    lm_head<typename Model::Head, C, Mesh>(x, candidates, cancelled_by_host(x) != 0, last);
     x.mark(Mark::kLogits);
     const bool stop = collect_candidates<C, Mesh>(x, candidates, last);
     x.mark(Mark::kCandidates);

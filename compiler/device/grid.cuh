@@ -13,7 +13,7 @@ MIRAGE_DEVICE uint32_t grid_barrier(Context<R>& x, uint4* words, uint32_t epoch,
   sync_consumers();
   if (x.at.thread == 0) {
     fence_gpu();
-    store_word(words + x.at.cta, note, 0, 0, epoch);
+    store_scalar(words + x.at.cta, note, epoch);
   }
   // Whoever came through early may have arrived at the next barrier by now: a later epoch is as good. CTA 0's note is
   // then lost, which is no loss: with a note it does not come back.
@@ -24,7 +24,7 @@ MIRAGE_DEVICE uint32_t grid_barrier(Context<R>& x, uint4* words, uint32_t epoch,
       spin.turn();
       word = load_word(words + cta);
     }
-    if (cta == 0) x.columns.note = word.w == epoch ? word.x : 0;
+    if (cta == 0) x.columns.note = word.w == epoch ? scalar_of(word) : 0;
   }
   fence_gpu();
   sync_consumers();

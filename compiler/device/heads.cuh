@@ -60,6 +60,28 @@ struct HeadLane {
 
 enum class HeadKind { kQuery, kKey, kValue };
 
+// The norms' gammas of a layer's heads.
+template <class A>
+struct HeadGammas {
+  HeadLane<A> query = {}, key = {};
+
+  MIRAGE_DEVICE HeadGammas(const Params& params, int layer, const Place& at) {
+    const bf16* of_layer = params.norms + static_cast<size_t>(layer) * A::kGammaStride;
+    if (A::kQNorm) query.load(of_layer + A::kQGammaAt, at.lane);
+    if (A::kKNorm) key.load(of_layer + A::kKGammaAt, at.lane);
+  }
+  // Register by register: a reference to either would put both in memory.
+  MIRAGE_DEVICE HeadLane<A> of(HeadKind kind) const {
+    HeadLane<A> chosen;
+#pragma unroll
+    for (int i = 0; i < HeadLane<A>::kPairs; i++) {
+      chosen.low[i] = kind == HeadKind::kQuery ? query.low[i] : key.low[i];
+      chosen.high[i] = kind == HeadKind::kQuery ? query.high[i] : key.high[i];
+    }
+    return chosen;
+  }
+};
+
 // Makes a gathered head ready for scores, by one warp: norm, RoPE, and for queries the scale. Keys and values go to the
 // cache row `append`, if there is one.
 template <class A, class R>
@@ -86,23 +108,11 @@ MIRAGE_DEVICE bf16* append_to(Context<R>& x, HeadKind kind, int layer, int colum
   return (kind == HeadKind::kKey ? x.params.keys : x.params.values) + row;
 }
 
-// One of two, register by register: a reference to either would put both in memory.
-template <class A>
-MIRAGE_DEVICE HeadLane<A> choose(bool first, const HeadLane<A>& a, const HeadLane<A>& b) {
-  HeadLane<A> chosen;
-#pragma unroll
-  for (int i = 0; i < HeadLane<A>::kPairs; i++) {
-    chosen.low[i] = first ? a.low[i] : b.low[i];
-    chosen.high[i] = first ? a.high[i] : b.high[i];
-  }
-  return chosen;
-}
-
 // Gathers the group's q, k and v of all columns into the activation, [columns, kWidth padded], and makes them ready,
 // of the queries those of its own tasks. Each column's keys and values are appended to the cache by one member.
 template <class A, class Q, class Mesh, int C, int S, class R>
-MIRAGE_DEVICE void gather_all_heads(Context<R>& x, int layer, const HeadLane<A>& q_gamma, const HeadLane<A>& k_gamma,
-                                    uint32_t epoch) {
+MIRAGE_DEVICE void gather_all_heads(Context<R>& x, int layer, uint32_t epoch) {
+  const HeadGammas<A> gammas(x.params, layer, x.at);
   constexpr int kPerColumn = A::kHeads + 2 * A::kKvHeads;
   const int base = slice_of<typename Q::Source, Mesh>(x.at.group, 0).rows.begin * 16;
   collect_all<Q, Mesh, C>(x.params.exchange, epoch, x.at, [&](int column, const Span& span, const Values& values) {
@@ -121,18 +131,19 @@ MIRAGE_DEVICE void gather_all_heads(Context<R>& x, int layer, const HeadLane<A>&
     bf16* append = nullptr;
     if (appends && kind != HeadKind::kQuery)
       append = append_to<A>(x, kind, layer, column, (head - A::kHeads) % A::kKvHeads);
-    prepare_head<A>(x, kind, x.activation + column * padded(A::kWidth) + head * A::kHeadDim,
-                    choose(kind == HeadKind::kQuery, q_gamma, k_gamma), column, append);
+    prepare_head<A>(x, kind, x.activation + column * padded(A::kWidth) + head * A::kHeadDim, gammas.of(kind), column,
+                    append);
   }
   sync_consumers();
   x.mark(Mark::kPrepared);
 }
 
-// Gathers one task's q heads, k and v into the activation, [kHeadsPerTask + 2, kHeadDim], and makes them ready. Of the
-// tasks that share keys and values, the first appends them to the cache.
+// Gathers one task's q heads, k and v to shared memory at `to`, [kHeadsPerTask + 2, kHeadDim], and makes them ready.
+// With `appends`, the first of the tasks that share keys and values appends them to the cache.
 template <class A, class Q, class Mesh, int C, class R>
-MIRAGE_DEVICE void gather_heads_of_task(Context<R>& x, const AttentionTask& task, int layer, const HeadLane<A>& q_gamma,
-                                        const HeadLane<A>& k_gamma, uint32_t epoch) {
+MIRAGE_DEVICE void gather_heads_of_task(Context<R>& x, bf16* to, const AttentionTask& task, bool appends, int layer,
+                                        uint32_t epoch) {
+  const HeadGammas<A> gammas(x.params, layer, x.at);
   typedef Producers<Q, Mesh> P;
   constexpr int H = A::kHeadsPerTask, D = A::kHeadDim;
   constexpr int kSteps = ceil_div(P::kUnits, kConsumers);
@@ -153,22 +164,20 @@ MIRAGE_DEVICE void gather_heads_of_task(Context<R>& x, const AttentionTask& task
     Values values[1];
     collect_units<Q, Mesh>(values, units, task.column, C, epoch, x.params.exchange, x.at);
     if (units[0] >= 0) {
-      store_span(x.activation, span, values[0], q, H * D);
-      store_span(x.activation + H * D, span, values[0], k, D);
-      store_span(x.activation + (H + 1) * D, span, values[0], v, D);
+      store_span(to, span, values[0], q, H * D);
+      store_span(to + H * D, span, values[0], k, D);
+      store_span(to + (H + 1) * D, span, values[0], v, D);
     }
   }
   sync_consumers();
   x.mark(Mark::kCollected);
-  const bool appends =
-      x.columns.slot[task.column] >= 0 && task.split == 0 && task.q_head % (A::kHeads / A::kKvHeads) == 0;
+  appends = appends && x.columns.slot[task.column] >= 0 && task.q_head % (A::kHeads / A::kKvHeads) == 0;
 #pragma unroll 1
   for (int head = x.at.warp; head < H + 2; head += kConsumerWarps) {
     const HeadKind kind = head < H ? HeadKind::kQuery : head == H ? HeadKind::kKey : HeadKind::kValue;
     bf16* append = nullptr;
     if (appends && kind != HeadKind::kQuery) append = append_to<A>(x, kind, layer, task.column, task.kv_head);
-    prepare_head<A>(x, kind, x.activation + head * D, choose(kind == HeadKind::kQuery, q_gamma, k_gamma), task.column,
-                    append);
+    prepare_head<A>(x, kind, to + head * D, gammas.of(kind), task.column, append);
   }
   sync_consumers();
   x.mark(Mark::kPrepared);

@@ -110,14 +110,20 @@ MIRAGE_DEVICE void multiply(Product<L, C>& product, RingReader<R>& ring, const b
   }
 }
 
+// Sum of squares of a column of the residual stream, of which every warp of the column has a part.
+template <int C>
+MIRAGE_DEVICE float sum_of_squares(const float* parts, int column) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < WarpsOfColumns<C>::kWarps; i++) sum += parts[column * kConsumerWarps + i];
+  return sum;
+}
+
 // 1 / sqrt(mean square + eps) of a column of the residual stream, or 1 where the linear has no norm.
 template <class L, int C>
 MIRAGE_DEVICE float norm_scale(const float* sum_squares, int column) {
   if (!L::kNorm) return 1.f;
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < WarpsOfColumns<C>::kWarps; i++) sum += sum_squares[column * kConsumerWarps + i];
-  return rsqrtf(sum / L::kNormWidth + L::kEps);
+  return rsqrtf(sum_of_squares<C>(sum_squares, column) / L::kNormWidth + L::kEps);
 }
 
 // Layout of the products in scratch: [kWarpK, columns, kStride], rows innermost, padded against bank conflicts.

@@ -82,6 +82,13 @@ MIRAGE_DEVICE void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) 
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+// The same with half the depth: a 16x8, b 8x8.
+MIRAGE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
+
 // Reads through L2 only: for data other SMs write while the kernel runs.
 MIRAGE_DEVICE uint4 load_l2(const uint4* p) {
   uint4 v;

@@ -6,8 +6,9 @@
 // - Replicated: every worker sums all partials of all elements (an all-reduce in one hop) and keeps the whole stream;
 // good
 //   for few columns and narrow streams.
-// - Scattered: every worker sums the partials of its share (reduce-scatter), keeps that share, and publishes the new
-//   values for all to collect (all-gather): a hop more, a small part of the volume.
+// - Scattered: every worker sums the partials of its share (reduce-scatter), keeps that share, and publishes it as the
+//   next linear's operand, with its sum of squares, for all to collect (all-gather): a hop more, a small part of the
+//   volume, and gamma is multiplied once.
 #pragma once
 #include "context.cuh"
 #include "exchange.cuh"
@@ -188,96 +189,125 @@ MIRAGE_DEVICE void add_to_stream(Context<R>& x, Replicated<Shared, Mesh, C>& str
   sync_consumers();
 }
 
-// The stream's new values in bf16, published unit by unit for all to collect: [columns, units].
+// The stream as it is handed on: the words of the next linear's operand, [columns, units], then sums of squares in f32,
+// a word a run, [columns, runs]. A run is what one pass of one producer gives of a column.
 template <class X, class Mesh, int C>
 struct Gathered {
   typedef Producers<X, Mesh> P;
-  static constexpr int kUnits = P::kUnits * C;
-  MIRAGE_DEVICE static int index(int unit, int column) { return column * P::kUnits + unit; }
+  static constexpr int kPasses = X::Source::kPasses;
+  static constexpr int kRunsOfColumn = P::kConcat * kPasses;
+  static constexpr int kRuns = kRunsOfColumn * C;
+  MIRAGE_DEVICE static int operand(int unit, int column) { return column * P::kUnits + unit; }
+  MIRAGE_DEVICE static int squares(int run, int column) { return C * P::kUnits + column * kRunsOfColumn + run; }
 };
 
-// Collects a gathered stream at `words` and prepares the operand of the linear N with that gamma.
+// Collects a handed-on stream at `words` as the operand of linear N.
 template <class N, class X, class Mesh, int C, class R>
-MIRAGE_DEVICE void gather_stream(Context<R>& x, const uint4* words, const bf16* gamma, uint32_t epoch) {
+MIRAGE_DEVICE void gather_stream(Context<R>& x, const uint4* words, uint32_t epoch) {
   x.begin_phase();
   typedef Producers<X, Mesh> P;
+  typedef Gathered<X, Mesh, C> G;
   typedef WarpsOfColumns<C> W;
   // Each round more is a trip to L2 more.
   constexpr int kSteps = ceil_div(P::kUnits, W::kStride), kBatch = batch_of(kSteps, 6);
+  constexpr int kSums = ceil_div(G::kRunsOfColumn, W::kStride);
 #pragma unroll 1
   for (int i = 0; i < W::kColumns; i++) {
     const int column = W::column(x.at, i);
-    const uint4* of_column = words + Gathered<X, Mesh, C>::index(0, column);
+    bf16* row = x.activation + column * padded(N::kWidth);
     float squares = 0.f;
 #pragma unroll 1
     for (int s0 = 0; s0 < kSteps; s0 += kBatch) {
-      int from[kBatch];
-      uint4 got[kBatch];
+      int from[kBatch + kSums];
+      uint4 got[kBatch + kSums];
       Span spans[kBatch];
-      Pairs gammas[kBatch];
 #pragma unroll
       for (int s = 0; s < kBatch; s++) {
         const int unit = (s0 + s) * W::kStride + W::lane(x.at);
         spans[s] = Span{0, 0};
         if (unit < P::kUnits)
           spans[s] = span_of_unit<X, Mesh>(P::of_unit(unit / X::Source::kWords, x.at), unit % X::Source::kWords);
-        from[s] = spans[s].count > 0 ? unit : -1;
-        gammas[s] = load_gamma<N>(gamma, spans[s]);
+        from[s] = spans[s].count > 0 ? G::operand(unit, column) : -1;
       }
-      await_words(got, of_column, from, epoch);
+#pragma unroll
+      for (int s = 0; s < kSums; s++) {
+        const int run = s * W::kStride + W::lane(x.at);
+        from[kBatch + s] = s0 == 0 && run < G::kRunsOfColumn ? G::squares(run, column) : -1;
+      }
+      await_words(got, words, from, epoch);
 #pragma unroll
       for (int s = 0; s < kBatch; s++)
-        if (from[s] >= 0)
-          squares += store_normed(x.activation + column * padded(N::kWidth), spans[s], unpack(got[s]).v, gammas[s]);
+        if (from[s] >= 0) {
+          uint32_t* to = reinterpret_cast<uint32_t*>(row + spans[s].begin);
+          to[0] = got[s].x;
+          if (spans[s].count > 2) to[1] = got[s].y;
+          if (spans[s].count > 4) to[2] = got[s].z;
+        }
+#pragma unroll
+      for (int s = 0; s < kSums; s++)
+        if (from[kBatch + s] >= 0) squares += __uint_as_float(scalar_of(got[kBatch + s]));
     }
     store_sum_squares<C>(x, column, squares);
   }
   sync_consumers();
 }
 
-MIRAGE_DEVICE void store_values(uint4* to, const float (&v)[kValuesPerWord], uint32_t epoch) {
-  store_word(to, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), epoch);
-}
-
-// Hands the replicated stream on to the CTAs that hold no part of the layers and only help with the head.
-template <class X, class Mesh, int C, class R>
-MIRAGE_DEVICE void publish_stream(Context<R>& x, const Replicated<X, Mesh, C>& stream, uint4* words, uint32_t epoch) {
-  typedef Replicated<X, Mesh, C> S;
-  S::for_each(x.at, [&](int i, int s, int column, int unit, const Span& span) {
-    float v[kValuesPerWord];
-#pragma unroll
-    for (int e = 0; e < kValuesPerWord; e++) v[e] = stream.value(i, s, e);
-    if (span.count > 0) store_values(words + Gathered<X, Mesh, C>::index(unit, column), v, epoch);
+// Hands the operand of linear N, which the replicated stream was prepared for, on to the CTAs that hold no part of the
+// layers and only help with the head.
+template <class N, class X, class Mesh, int C, class R>
+MIRAGE_DEVICE void publish_stream(Context<R>& x, uint4* words, uint32_t epoch) {
+  typedef Gathered<X, Mesh, C> G;
+  Replicated<X, Mesh, C>::for_each(x.at, [&](int, int, int column, int unit, const Span& span) {
+    const bf16* row = x.activation + column * padded(N::kWidth);
+    const Pairs pairs = load_pairs(row, span, 0);
+    if (span.count > 0)
+      store_word(words + G::operand(unit, column), pairs.pairs[0], pairs.pairs[1], pairs.pairs[2], epoch);
   });
+  // The whole sum stands in a column's first run.
+#pragma unroll 1
+  for (int i = x.at.thread; i < G::kRuns; i += kConsumers) {
+    const int run = i / C, column = i % C;
+    const float squares = run == 0 ? sum_of_squares<C>(x.sum_squares, column) : 0.f;
+    store_scalar(words + G::squares(run, column), __float_as_uint(squares), epoch);
+  }
 }
 
-// The share of a worker, one unit to kLanes neighbouring lanes, which split its partials among them.
+// The share of a worker: some runs, each in a slot of a warp's lanes, a unit to kLanes neighbouring lanes, which split
+// its partials among them.
 template <class X, class Mesh, int C>
 struct Scattered {
   typedef Producers<X, Mesh> P;
-  static constexpr int kTotal = Gathered<X, Mesh, C>::kUnits;
-  static constexpr int kShare = ceil_div(kTotal, Mesh::kWorkers);
+  typedef Gathered<X, Mesh, C> G;
+  static constexpr int kPassWords = X::Source::kPassWords;
+  static constexpr int kShare = ceil_div(G::kRuns, Mesh::kWorkers);
+  static constexpr int slot_of(int lanes) {
+    int slot = lanes;
+    while (slot < kPassWords * lanes) slot *= 2;
+    return slot;
+  }
+  static constexpr bool fits(int lanes) { return slot_of(lanes) <= kWarp && kShare <= kConsumers / slot_of(lanes); }
+  static_assert(fits(1), "a worker's share of the stream must fit its threads");
   static constexpr int lanes() {
     int lanes = 1;
-    while (lanes < kWarp && lanes < P::kPartials && 2 * lanes * kShare <= kConsumers) lanes *= 2;
+    while (lanes < P::kPartials && fits(2 * lanes)) lanes *= 2;
     return lanes;
   }
-  static constexpr int kLanes = lanes();
-  static_assert(kShare * kLanes <= kConsumers, "a worker's share of the stream must fit its threads");
+  static constexpr int kLanes = lanes(), kSlot = slot_of(kLanes);
   float v[kValuesPerWord];
-  // What this thread works on; unit < 0: nothing.
-  int unit, column, lane;
+  // What this thread works on; run < 0 or unit < 0: nothing.
+  int run, unit, column, lane;
   Span span;
 
-  MIRAGE_DEVICE explicit Scattered(const Place& at) : unit(-1), column(0), lane(at.thread % kLanes), span{0, 0} {
-    const Share share = share_of(kTotal, Mesh::kWorkers, at.cta);
-    const int mine = at.thread / kLanes;
+  MIRAGE_DEVICE explicit Scattered(const Place& at) : run(-1), unit(-1), column(0), lane(at.lane % kLanes), span{0, 0} {
+    const Share share = share_of(G::kRuns, Mesh::kWorkers, at.cta);
+    const int mine = at.thread / kSlot, word = at.thread % kSlot / kLanes;
     if (mine >= share.count) return;
-    const int index = share.begin + mine, word = index % X::Source::kWords;
-    const int producer = index / X::Source::kWords / C;
-    column = index / X::Source::kWords % C;
-    span = span_of_unit<X, Mesh>(P::of_unit(producer, at), word);
-    if (span.count > 0) unit = producer * X::Source::kWords + word;
+    run = (share.begin + mine) / C;
+    column = (share.begin + mine) % C;
+    if (word >= kPassWords) return;
+    const int producer = run / G::kPasses, of_producer = run % G::kPasses * kPassWords + word;
+    span = span_of_unit<X, Mesh>(P::of_unit(producer, at), of_producer);
+    if (span.count > 0) unit = producer * X::Source::kWords + of_producer;
   }
 };
 
@@ -293,16 +323,20 @@ MIRAGE_DEVICE void embed(Context<R>& x, Scattered<X, Mesh, C>& stream, const bf1
   sync_consumers();
 }
 
-// Reduce-scatter: adds the partials of this worker's share and publishes the new values at `words`.
-template <class X, class Shared, class Mesh, int C, class R>
-MIRAGE_DEVICE void reduce_scatter(Context<R>& x, Scattered<Shared, Mesh, C>& stream, uint4* words, uint32_t epoch) {
+// Reduce-scatter: adds the partials of this worker's share and hands it on at `words` as the operand of the linear N
+// with that gamma.
+template <class N, class X, class Shared, class Mesh, int C, class R>
+MIRAGE_DEVICE void reduce_scatter(Context<R>& x, Scattered<Shared, Mesh, C>& stream, uint4* words, const bf16* gamma,
+                                  uint32_t epoch) {
   x.begin_phase();
   asm volatile("" : "+r"(stream.unit), "+r"(stream.column), "+r"(stream.lane));  // as begin_phase
   typedef Scattered<Shared, Mesh, C> S;
+  typedef Gathered<Shared, Mesh, C> G;
   typedef Producers<X, Mesh> P;
   constexpr int kMine = ceil_div(P::kPartials, S::kLanes), kBatch = batch_of(kMine, kWordsInFlight);
   const P producer = P::of_unit(max_of(stream.unit, 0) / X::Source::kWords, x.at);
   const int offset = stream.column * X::Source::kWords + max_of(stream.unit, 0) % X::Source::kWords;
+  const Values factors = unpack(load_gamma<N>(gamma, stream.span));
   Values sum{{0.f, 0.f, 0.f, 0.f, 0.f, 0.f}};
 #pragma unroll 1
   for (int b = 0; b < kMine; b += kBatch) {
@@ -326,12 +360,23 @@ MIRAGE_DEVICE void reduce_scatter(Context<R>& x, Scattered<Shared, Mesh, C>& str
   for (int e = 0; e < kValuesPerWord; e++)
 #pragma unroll
     for (int o = S::kLanes / 2; o > 0; o /= 2) sum.v[e] += __shfl_xor_sync(~0u, sum.v[e], o);
+  float squares = 0.f;
   if (stream.unit >= 0) {
+    float z[kValuesPerWord];
 #pragma unroll
-    for (int e = 0; e < kValuesPerWord; e++) stream.v[e] += sum.v[e];
+    for (int e = 0; e < kValuesPerWord; e++) {
+      stream.v[e] += sum.v[e];
+      z[e] = stream.v[e] * factors.v[e];
+      if (stream.lane == 0) squares += stream.v[e] * stream.v[e];
+    }
     if (stream.lane == 0)
-      store_values(words + Gathered<Shared, Mesh, C>::index(stream.unit, stream.column), stream.v, epoch);
+      store_word(words + G::operand(stream.unit, stream.column), pack(z[0], z[1]), pack(z[2], z[3]), pack(z[4], z[5]),
+                 epoch);
   }
+#pragma unroll
+  for (int o = S::kSlot / 2; o > 0; o /= 2) squares += __shfl_xor_sync(~0u, squares, o);
+  if (stream.run >= 0 && x.at.lane % S::kSlot == 0)
+    store_scalar(words + G::squares(stream.run, stream.column), __float_as_uint(squares), epoch);
 }
 
 }  // namespace mirage

@@ -26,6 +26,15 @@ MIRAGE_DEVICE uint4 load_word(const uint4* p) {
                     static_cast<uint32_t>(high >> 32));
 }
 
+// Words with less to say repeat it, and their readers use all of it. Of a word whose middle nobody reads ptxas loads
+// the two ends one by one, and then the payload may be older than the epoch beside it.
+MIRAGE_DEVICE void store_scalar(uint4* p, uint32_t value, uint32_t epoch) { store_word(p, value, value, value, epoch); }
+MIRAGE_DEVICE uint32_t scalar_of(const uint4& word) { return word.x & word.y & word.z; }
+MIRAGE_DEVICE void store_pair(uint4* p, uint32_t first, uint32_t second, uint32_t epoch) {
+  store_word(p, first, second, second, epoch);
+}
+MIRAGE_DEVICE uint2 pair_of(const uint4& word) { return make_uint2(word.x, word.y & word.z); }
+
 // Waits until the N words at base[offsets[i]] carry `epoch`; a negative offset is not waited for. The whole set is
 // asked for again at each turn: asking word by word, or only for the missing ones, is slower.
 template <int N>

@@ -303,7 +303,7 @@ impl Emitter<'_> {
         for (_, step) in self.program.steps() {
             for phase in &step.layer {
                 let exchange = match phase {
-                    Phase::Attention(exchange)
+                    Phase::Attention { exchange, .. }
                     | Phase::Collect { exchange, .. }
                     | Phase::AddToStream { exchange, .. }
                     | Phase::ReduceScatter { exchange, .. }
@@ -469,25 +469,40 @@ impl Emitter<'_> {
         });
         let at = gathered.map_or("Model::kStreamAt".to_owned(), |at| at.to_string());
         Some(format!(
-            "gather_stream<Head, {shared}, Mesh, C>(x, x.params.exchange + {at}, gamma_of<Head>(x.params, 0), {epoch});"
+            "gather_stream<Head, {shared}, Mesh, C>(x, x.params.exchange + {at}, {epoch});"
         ))
     }
 
     /// Gives the head's input to the CTAs without a part of the layers, where they do not see it anyway.
     fn hand_on_to_others(&mut self, indent: &str, step: &Step, epoch: &str) {
-        if self.has_others() && step.stream == StreamForm::Replicated {
+        let replicated = self.has_others() && step.stream == StreamForm::Replicated;
+        if let Some(shared) = self.shared_view(step).filter(|_| replicated) {
             line!(
                 self,
-                "{indent}if (x.at.cta == 0) publish_stream(x, stream, x.params.exchange + Model::kStreamAt, {epoch});"
+                "{indent}if (x.at.cta == 0) publish_stream<Head, {shared}, Mesh, C>(x, x.params.exchange + Model::kStreamAt, {epoch});"
             );
         }
+    }
+
+    /// `contexts`: a last template argument, if not all columns are worked on.
+    fn attention_phase(&mut self, step: &Step, exchange: &Exchange, next: usize, contexts: &str) {
+        let p = self.program;
+        line!(
+            self,
+            "      attention<{}, {}, {}, Mesh, C, {}, {}, {}{contexts}>(x, layer, now);",
+            node_type(&p.attention.name),
+            self.view(exchange),
+            self.linear_name(next),
+            step.kv_splits,
+            step.replicate_below,
+            std::ptr::eq(step, &p.decode)
+        );
     }
 
     fn phase(&mut self, step: &Step, phase: &Phase) {
         let p = self.program;
         let attention = node_type(&p.attention.name);
-        let splits = step.kv_splits;
-        let alone = std::ptr::eq(step, &p.decode);
+        let (splits, replicate_below) = (step.kv_splits, step.replicate_below);
         let next_of = |e: &Emitter<'_>, next: &Next| match next {
             Next::SameLayer(i) => {
                 let name = e.linear_name(*i);
@@ -503,14 +518,10 @@ impl Emitter<'_> {
                 "      linear<{}, C, Mesh>(x, now);",
                 self.linear_name(*i)
             ),
-            Phase::Attention(exchange) => line!(
-                self,
-                "      attention<{attention}, {}, Mesh, C, {splits}, {alone}>(x, layer, now);",
-                self.view(exchange)
-            ),
+            Phase::Attention { exchange, next } => self.attention_phase(step, exchange, *next, ""),
             Phase::CollectHeads { next, all_groups } => line!(
                 self,
-                "      collect_heads<{attention}, {}, {all_groups}, Mesh, C, {splits}>(x, now);",
+                "      collect_heads<{attention}, {}, {all_groups}, Mesh, C, {splits}, {replicate_below}>(x, now);",
                 self.linear_name(*next)
             ),
             Phase::Collect { exchange, next } => line!(
@@ -527,12 +538,7 @@ impl Emitter<'_> {
                     self.view(exchange)
                 );
             }
-            Phase::ReduceScatter { exchange, words_at } => line!(
-                self,
-                "      reduce_scatter<{}>(x, stream, x.params.exchange + {words_at}, now);",
-                self.view(exchange)
-            ),
-            Phase::GatherStream {
+            Phase::ReduceScatter {
                 exchange,
                 words_at,
                 next,
@@ -540,7 +546,19 @@ impl Emitter<'_> {
                 let (name, gamma) = next_of(self, next);
                 line!(
                     self,
-                    "      gather_stream<{name}, {}, Mesh, C>(x, x.params.exchange + {words_at}, {gamma}, now);",
+                    "      reduce_scatter<{name}, {}>(x, stream, x.params.exchange + {words_at}, {gamma}, now);",
+                    self.view(exchange)
+                );
+            }
+            Phase::GatherStream {
+                exchange,
+                words_at,
+                next,
+            } => {
+                let (name, _) = next_of(self, next);
+                line!(
+                    self,
+                    "      gather_stream<{name}, {}, Mesh, C>(x, x.params.exchange + {words_at}, now);",
                     self.view(exchange)
                 );
             }

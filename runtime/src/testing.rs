@@ -209,6 +209,8 @@ pub(crate) struct Choice {
     pub(crate) writers: Placement,
     pub(crate) stream: StreamForm,
     pub(crate) kv_splits: usize,
+    /// Of decode steps; the writers split their columns over the groups then.
+    pub(crate) replicate_below: usize,
     pub(crate) heads_per_task: usize,
     pub(crate) prefill_columns: usize,
 }
@@ -259,6 +261,7 @@ impl Choice {
             step.stream = self.stream;
             step.kv_splits = self.kv_splits;
         }
+        plan.decode.replicate_below = self.replicate_below;
         plan.verify(&model.fused).unwrap();
         Program::new(&model.fused, &plan, &target).unwrap()
     }
@@ -281,6 +284,10 @@ impl Choice {
                     writers,
                     stream,
                     kv_splits: [1, 3, 2][(2 * i + j) % 3],
+                    replicate_below: match writers.groups {
+                        Split::Columns => [5, 0][j],
+                        Split::Rows => 0,
+                    },
                     heads_per_task: [3, 1][j],
                     prefill_columns: [4, 8, 1, 16][i],
                 });

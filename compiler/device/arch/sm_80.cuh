@@ -5,9 +5,6 @@
 
 namespace mirage {
 
-// Query heads of an attention task up to which registers suffice for two batches of keys and values.
-constexpr int kHeadsAhead = 0;
-
 // Arrivals that complete a page's `full` barrier: one of every producer lane.
 constexpr int kPageArrivals = kWarp;
 

@@ -5,9 +5,6 @@
 
 namespace mirage {
 
-// Query heads of an attention task up to which registers suffice for two batches of keys and values.
-constexpr int kHeadsAhead = 2;
-
 // Arrivals that complete a page's `full` barrier: the issuing lane's; the copy's bytes are counted by hardware.
 constexpr int kPageArrivals = 1;
 

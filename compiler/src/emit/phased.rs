@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::{CudaSource, Emitter, headers_for};
 use crate::arch::Arch;
 use crate::plan::StreamForm;
-use crate::program::{CONSUMER_WARPS, Linear, Phase, Program, Step, VALUES_PER_WORD};
+use crate::program::{CONSUMER_WARPS, Linear, Next, Phase, Program, Step, VALUES_PER_WORD};
 
 const HEADER: &str = "phased.cuh";
 const HEADER_TEXT: &str = include_str!("../../device/phased.cuh");
@@ -91,7 +91,7 @@ fn links(step: &Step) -> (Vec<Range<usize>>, Range<usize>) {
     let mut begin = 0;
     for (index, phase) in step.layer.iter().enumerate() {
         match phase {
-            Phase::Linear(_) | Phase::Attention(_) | Phase::ReduceScatter { .. } => {
+            Phase::Linear(_) | Phase::Attention { .. } | Phase::ReduceScatter { .. } => {
                 links.push(begin..index + 1);
                 begin = index + 1;
             }
@@ -109,7 +109,7 @@ fn changes_stream(phase: &Phase) -> bool {
     match phase {
         Phase::AddToStream { .. } | Phase::ReduceScatter { .. } => true,
         Phase::Linear(_)
-        | Phase::Attention(_)
+        | Phase::Attention { .. }
         | Phase::Collect { .. }
         | Phase::CollectHeads { .. }
         | Phase::GatherStream { .. } => false,
@@ -208,6 +208,14 @@ impl Emitter<'_> {
                 emitter.phases("      ", step, before);
             });
             line!(self, "    }}");
+        }
+        let prepares_next_layer = |phase: &Phase| matches!(phase, Phase::ReduceScatter { next, .. } if *next == Next::NextLayer);
+        if phases.iter().any(prepares_next_layer) {
+            line!(self, "    const bf16* gamma_after =");
+            line!(
+                self,
+                "        layer + 1 < Model::kLayers ? gamma_of<{first}>(x.params, layer + 1) : gamma_of<Head>(x.params, 0);"
+            );
         }
         self.changing("    ", kind, changes, |emitter| {
             emitter.phases("    ", step, phases);
@@ -354,7 +362,21 @@ impl Emitter<'_> {
     fn phases(&mut self, indent: &str, step: &Step, phases: &[Phase]) {
         let begin = self.out.len();
         for phase in phases {
-            self.phase(step, phase);
+            match phase {
+                Phase::Attention { exchange, next } if step.replicate_below > 0 => {
+                    self.attention_phase(step, exchange, *next, ", Contexts::kPublished");
+                }
+                // What attention keeps in shared memory does not outlast its kernel.
+                Phase::CollectHeads { .. } if step.replicate_below > 0 => {
+                    for phase in &step.layer {
+                        if let Phase::Attention { exchange, next } = phase {
+                            self.attention_phase(step, exchange, *next, ", Contexts::kReplicated");
+                        }
+                    }
+                    self.phase(step, phase);
+                }
+                _ => self.phase(step, phase),
+            }
         }
         let text = self.out.split_off(begin);
         for text in text.lines() {

@@ -65,6 +65,8 @@ pub struct StepPlan {
     pub stream: StreamForm,
     /// Interleaved parts of a sequence's positions that different members attend to.
     pub kv_splits: usize,
+    /// Contexts of fewer positions are attended to by every member of a group alike, which saves the exchange of parts.
+    pub replicate_below: usize,
     /// Predicted time.
     pub cost: StepCost,
 }
@@ -201,8 +203,14 @@ impl fmt::Display for Plan {
         for (name, step) in [("prefill", &self.prefill), ("decode", &self.decode)] {
             writeln!(
                 f,
-                "{name}: {} columns, residual stream {}, KV in {} splits",
-                step.columns, step.stream, step.kv_splits
+                "{name}: {} columns, residual stream {}, KV in {} splits{}",
+                step.columns,
+                step.stream,
+                step.kv_splits,
+                match step.replicate_below {
+                    0 => String::new(),
+                    positions => format!(", of contexts below {positions} in every member"),
+                }
             )?;
             writeln!(
                 f,

@@ -43,6 +43,10 @@ pub enum PlanError {
 
 /// Words of the replicated residual stream that a thread may keep: 48 KB of shared memory for all of them.
 const STREAM_WORDS: usize = 8;
+/// Query heads of an attention task, at most: the columns of the tensor core's operand (`device/attention.cuh`).
+const MOST_HEADS: usize = 8;
+/// Keys and values that every member of a group may read from L2 in a layer to spare itself an exchange of attention's parts.
+const REPLICATED_BYTES: usize = 64 * 1024;
 /// How many of the cheapest plans become programs, at most.
 const TRIES: usize = 2048;
 
@@ -153,7 +157,8 @@ impl Search<'_> {
                 if !self.gives_all_a_part(&mesh, &placements) {
                     continue;
                 }
-                for heads_per_task in divisors(self.attention.heads / self.attention.kv_heads) {
+                let shared = self.attention.heads / self.attention.kv_heads;
+                for heads_per_task in divisors(shared).into_iter().filter(|&h| h <= MOST_HEADS) {
                     let frame = Frame {
                         mesh,
                         placements: &placements,
@@ -293,12 +298,30 @@ impl Search<'_> {
                     columns,
                     stream,
                     kv_splits,
+                    replicate_below: if decode {
+                        self.replicate_below(frame, columns)
+                    } else {
+                        0
+                    },
                     cost: StepCost::default(),
                 };
                 step.cost = self.cost(frame, &step, decode);
                 step
             })
             .collect()
+    }
+
+    /// Contexts below which every member of a group attends to all of its heads. Only where the next linear takes no more
+    /// than its own group's, and where that spares most sequences the exchange.
+    fn replicate_below(&self, frame: &Frame<'_>, columns: usize) -> usize {
+        let a = self.attention;
+        let heads_of_group = a.kv_heads / frame.mesh.groups;
+        let of_position = columns * heads_of_group * 2 * a.head_dim * 2;
+        let positions = REPLICATED_BYTES / of_position / 64 * 64;
+        match self.stream_placement(frame).groups {
+            Split::Columns => positions,
+            Split::Rows => 0,
+        }
     }
 
     /// Units of the residual stream that its readers take side by side, for one column; never too few.
@@ -335,7 +358,13 @@ impl Search<'_> {
                     .max(columns.div_ceil(CONSUMER_WARPS));
                 per_thread <= STREAM_WORDS
             }
-            StreamForm::Scattered => (columns * units).div_ceil(frame.mesh.workers()) <= threads,
+            StreamForm::Scattered => {
+                // What a pass, of up to four tiles, of one producer gives of a column takes half a warp.
+                let producers = self.stream_placement(frame).row_parts(&frame.mesh);
+                let tiles = (self.graph.hidden / TILE).div_ceil(producers).max(1);
+                let runs = columns * producers * tiles.div_ceil(4);
+                runs.div_ceil(frame.mesh.workers()) <= 2 * CONSUMER_WARPS
+            }
         }
     }
 

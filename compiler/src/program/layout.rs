@@ -7,7 +7,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Attention, CONSUMER_WARPS, ExchangeLayout, Linear, Ring, Step, VALUES_PER_WORD, WORD_BYTES,
+    Attention, CONSUMER_WARPS, ExchangeLayout, Linear, Phase, Ring, Step, VALUES_PER_WORD,
+    WORD_BYTES,
 };
 use crate::mesh::Mesh;
 use crate::plan::StreamForm;
@@ -66,6 +67,20 @@ pub(super) fn regions(
         .chain([attention.width()])
         .max()
         .unwrap_or(0);
+    // What decode steps gather for attention lies behind the operand into which replicated columns' heads go at once
+    // (`device/attention.cuh`).
+    let replicated = steps[1].layer.iter().filter_map(|phase| match phase {
+        Phase::Attention { next, .. } if steps[1].replicate_below > 0 => {
+            let gathered = (attention.heads_per_task + 2) * attention.head_dim;
+            Some(decode * padded(linears[*next].width()) + gathered)
+        }
+        _ => None,
+    });
+    let activation = replicated
+        .chain([columns * padded(width)])
+        .max()
+        .unwrap_or(0)
+        * 2;
     let products = |linear: &Linear| {
         linear.tiling.warp_k() * columns * (linear.tiling.pass_tiles * 16 + 4) * 4
     };
@@ -96,7 +111,7 @@ pub(super) fn regions(
         ("SumSquares", columns * (CONSUMER_WARPS + 1) * 4),
         ("Rope", columns * attention.head_dim / 2 * 8),
         ("Scratch", scratch),
-        ("Activation", sampling.max(columns * padded(width) * 2)),
+        ("Activation", sampling.max(activation)),
     ];
     regions.extend(stream.map(|bytes| ("Stream", bytes)));
     regions

@@ -12,7 +12,7 @@ use super::layout::{self, Words};
 use super::{Attention, CONSUMER_WARPS, Linear, Program, RowOrder, Step, TILE, TILE_BYTES, Tiling};
 use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedOp, Input, WeightId};
 use crate::mesh::{Placement, Share, Split};
-use crate::plan::{Plan, StepPlan, Target};
+use crate::plan::{Plan, StepPlan, StreamForm, Target};
 
 /// Why a plan cannot become a program.
 #[derive(Clone, Debug, Error, PartialEq)]
@@ -105,7 +105,7 @@ struct Lowering<'a> {
 }
 
 impl Lowering<'_> {
-    /// `None` where the shared memory does not suffice.
+    /// `None` where the shared memory or a worker's threads do not suffice.
     fn program(&self) -> Result<Option<Program>, ProgramError> {
         let (graph, plan, mesh) = (self.graph, self.plan, &self.plan.mesh);
         let mut norms = NormTable::new(graph);
@@ -164,6 +164,7 @@ impl Lowering<'_> {
             columns: plan.columns,
             stream: plan.stream,
             kv_splits: plan.kv_splits,
+            replicate_below: plan.replicate_below,
             layer: Vec::new(),
         };
         let (mut prefill, mut decode) = (step_of(&plan.prefill), step_of(&plan.decode));
@@ -189,17 +190,33 @@ impl Lowering<'_> {
                 let exchange = stream_exchange(l, &linears[l]);
                 (
                     l,
-                    words.take(side_by_side(&exchange, mesh) * columns * linears[l].words()),
+                    words.take(
+                        side_by_side(&exchange, mesh) * columns * linears[l].gathered_words(),
+                    ),
                 )
             })
             .collect();
         for step in [&mut prefill, &mut decode] {
             step.layer = layer.phases(step.stream, &gathered)?;
         }
-        let stream_units = gathered.first().map_or(0, |&(l, _)| {
-            side_by_side(&stream_exchange(l, &linears[l]), mesh) * linears[l].words()
+        let producers_and_linear = gathered.first().map(|&(l, _)| {
+            let linear = &linears[l];
+            (side_by_side(&stream_exchange(l, linear), mesh), linear)
         });
-        let exchange = words.finish(mesh, stream_units * columns, decode.columns);
+        let fits = |step: &Step| {
+            step.stream == StreamForm::Replicated
+                || producers_and_linear.is_none_or(|(producers, linear)| {
+                    let runs = producers * linear.tiling.passes * step.columns;
+                    runs.div_ceil(mesh.workers()) <= linear.run_slots()
+                })
+        };
+        if !fits(&prefill) || !fits(&decode) {
+            return Ok(None);
+        }
+        let stream_units = producers_and_linear.map_or(0, |(n, linear)| n * linear.words());
+        let stream_words =
+            producers_and_linear.map_or(0, |(n, linear)| n * linear.gathered_words());
+        let exchange = words.finish(mesh, stream_words * columns, decode.columns);
 
         let steps = [&prefill, &decode];
         let regions = layout::regions(&linears, &head, &attention, steps, stream_units);

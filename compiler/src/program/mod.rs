@@ -213,6 +213,21 @@ impl Linear {
         self.tiling.passes * self.pass_words()
     }
 
+    /// Words of a producer's part of a handed-on residual stream, for one column: the next input, and of each pass the
+    /// sum of squares (`device/residual.cuh`, `Gathered`).
+    pub fn gathered_words(&self) -> usize {
+        self.words() + self.tiling.passes
+    }
+
+    /// Runs of a scattered residual stream, what one pass of one producer gives of a column, that a worker's warps have
+    /// room for: each in a power of two of a warp's lanes (`device/residual.cuh`, `Scattered`).
+    pub fn run_slots(&self) -> usize {
+        match self.pass_words().next_power_of_two() {
+            slot @ ..=32 => CONSUMER_WARPS * 32 / slot,
+            _ => 0,
+        }
+    }
+
     /// Elements of the widest input slice.
     pub fn width(&self) -> usize {
         self.tiling.k * TILE
@@ -344,8 +359,14 @@ pub enum Next {
 pub enum Phase {
     /// Multiply and publish.
     Linear(usize),
-    /// Collect q, k and v, attend, publish.
-    Attention(Exchange),
+    /// Collect q, k and v, attend, publish; or keep the result as the input of a linear, where a column is replicated
+    /// ([`Step::replicate_below`]).
+    Attention {
+        /// What is read.
+        exchange: Exchange,
+        /// The linear that multiplies the heads.
+        next: usize,
+    },
     /// Collect and merge the heads as the input of a linear. With `all_groups`, those of every group.
     CollectHeads {
         /// The linear that multiplies them.
@@ -367,14 +388,16 @@ pub enum Phase {
         /// What is prepared.
         next: Next,
     },
-    /// Add a linear's output to the worker's share of the stream and publish the new values.
+    /// Add a linear's output to the worker's share of the stream and publish that as the next input.
     ReduceScatter {
         /// What is read.
         exchange: Exchange,
         /// First of the words it publishes.
         words_at: usize,
+        /// What is prepared.
+        next: Next,
     },
-    /// Collect the published stream and prepare the next input.
+    /// Collect the next input from the workers' shares of the stream.
     GatherStream {
         /// The exchange whose scattered sums were published.
         exchange: Exchange,
@@ -394,6 +417,8 @@ pub struct Step {
     pub stream: StreamForm,
     /// Parts of a sequence's positions.
     pub kv_splits: usize,
+    /// A column below this position is attended to by every member of its group, for itself.
+    pub replicate_below: usize,
     /// Phases of a layer.
     pub layer: Vec<Phase>,
 }
@@ -528,7 +553,7 @@ impl Program {
         };
         match phase {
             Phase::Linear(index) => format!("linear {}", name(*index)),
-            Phase::Attention(exchange) => format!("attention on {}", view(exchange)),
+            Phase::Attention { exchange, .. } => format!("attention on {}", view(exchange)),
             Phase::CollectHeads { next, all_groups } => {
                 let whose = if *all_groups {
                     "all groups'"

@@ -165,8 +165,22 @@ impl Program {
             return fail("placements are not the plan's".to_owned());
         }
         for ((name, step), planned) in self.steps().into_iter().zip([&plan.prefill, &plan.decode]) {
-            let of_plan = (planned.columns, planned.stream, planned.kv_splits);
-            if (step.columns, step.stream, step.kv_splits) != of_plan {
+            let choices = |columns, stream, kv_splits, replicate_below| {
+                (columns, stream, kv_splits, replicate_below)
+            };
+            let of_plan = choices(
+                planned.columns,
+                planned.stream,
+                planned.kv_splits,
+                planned.replicate_below,
+            );
+            if choices(
+                step.columns,
+                step.stream,
+                step.kv_splits,
+                step.replicate_below,
+            ) != of_plan
+            {
                 return fail(format!("the {name} step is not the plan's"));
             }
         }

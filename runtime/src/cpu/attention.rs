@@ -2,7 +2,7 @@
 //!
 //! Each member of a group gathers the group's q, k and v of all columns, then works on tasks: one column, one KV head, some
 //! of its query heads, and one of the interleaved parts of the positions. The parts of a head are merged by whoever
-//! collects them.
+//! collects them. A column of few positions is worked on by every member.
 
 use mirage_compiler::mesh::Share;
 use mirage_compiler::program::{
@@ -10,7 +10,7 @@ use mirage_compiler::program::{
 };
 
 use super::area::{PhaseFault, Values, bits, value};
-use super::cta::{Append, Cta, Now};
+use super::cta::{Append, Cta, Head, Now};
 use super::exchange::{View, publish};
 
 /// The score of no position at all; finite, so that differences of maxima are numbers.
@@ -48,14 +48,22 @@ fn row_at(now: &Now<'_>, slot: usize, kv_head: usize, position: usize) -> usize 
         * program.attention.head_dim
 }
 
-/// Positions of a stripe, the grain of the interleaving: what a CTA of the device reads at once, 16 bytes a lane.
-fn stripe_of(attention: &Attention) -> usize {
-    256 / attention.head_dim * CONSUMER_WARPS
+/// Positions of a stripe, the grain of the interleaving: what a CTA of the device works on at once.
+const STRIPE: usize = 8 * CONSUMER_WARPS;
+
+/// Whether every member of a group attends to a column for itself.
+fn replicated(now: &Now<'_>, column: usize) -> bool {
+    now.columns[column].position < now.replicate_below
 }
 
 /// Tasks of a group before the splits: of one column, KV head after KV head.
 fn blocks(attention: &Attention) -> usize {
     attention.heads / attention.heads_per_task
+}
+
+/// The KV head of the group that a block of tasks is about.
+fn kv_head_of(attention: &Attention, block: usize) -> usize {
+    block * attention.heads_per_task / (attention.heads / attention.kv_heads)
 }
 
 /// Where the words of one head of a task begin.
@@ -85,8 +93,16 @@ impl Cta {
         self.collect_heads_of_group(now, exchange)?;
         self.prepare_heads(now);
         let tasks = now.columns.len() * blocks(a) * now.kv_splits;
+        let column_of = |task: usize| task / now.kv_splits / blocks(a);
         for task in (self.member..tasks).step_by(now.shared.mesh.members) {
-            self.task(now, cache, task)?;
+            if !replicated(now, column_of(task)) {
+                self.task(now, cache, task)?;
+            }
+        }
+        for block in 0..now.columns.len() * blocks(a) {
+            if replicated(now, block / blocks(a)) {
+                self.whole_block(now, cache, block);
+            }
         }
         Ok(())
     }
@@ -165,12 +181,12 @@ impl Cta {
         let a = &now.shared.program.attention;
         let (split, block) = (task % now.kv_splits, task / now.kv_splits % blocks(a));
         let column = task / now.kv_splits / blocks(a);
-        let kv_head = block * a.heads_per_task / (a.heads / a.kv_heads);
-        let rows = self.rows(now, cache, column, kv_head, split);
+        let kv_head = kv_head_of(a, block);
+        let rows = self.rows(now, cache, column, kv_head, |position| {
+            position / STRIPE % now.kv_splits == split
+        });
         for head in 0..a.heads_per_task {
-            let q_head = block * a.heads_per_task + head;
-            let q = &self.activation[column * now.shared.stride + q_head * a.head_dim..];
-            let partial = attend(&q[..a.head_dim], &rows);
+            let partial = self.attend(now, column, block * a.heads_per_task + head, &rows);
             let normalised = if now.kv_splits == 1 && partial.sum > 0.0 {
                 partial.sum
             } else {
@@ -179,23 +195,47 @@ impl Cta {
             let at = words_of(now, self.group, task, head);
             publish(now, at, partial.out.iter().map(|v| v / normalised))?;
             if now.kv_splits > 1 {
-                let total = [partial.max.to_bits(), partial.sum.to_bits(), 0];
+                let [max, sum] = [partial.max, partial.sum].map(f32::to_bits);
                 now.shared
                     .area
-                    .publish(at + a.value_words(), total, now.epoch)?;
+                    .publish(at + a.value_words(), [max, sum, sum], now.epoch)?;
             }
         }
         Ok(())
     }
 
-    /// Keys and values, one after the other, of every position of a split up to the column's own, in f32.
+    /// The tasks of a replicated column's heads that share keys and values, over all positions, kept.
+    fn whole_block(&mut self, now: &Now<'_>, cache: &KvCache, index: usize) {
+        let a = &now.shared.program.attention;
+        let (column, block) = (index / blocks(a), index % blocks(a));
+        let rows = self.rows(now, cache, column, kv_head_of(a, block), |_| true);
+        for head in 0..a.heads_per_task {
+            let head = block * a.heads_per_task + head;
+            let Partial { sum, out, .. } = self.attend(now, column, head, &rows);
+            let total = if sum > 0.0 { sum } else { 1.0 };
+            self.heads.push(Head {
+                column,
+                head: self.group * a.heads + head,
+                values: out.iter().map(|v| v / total).collect(),
+            });
+        }
+    }
+
+    /// Softmax of a query head of the group over these rows.
+    fn attend(&self, now: &Now<'_>, column: usize, head: usize, rows: &[f32]) -> Partial {
+        let width = now.shared.program.attention.head_dim;
+        let q = &self.activation[column * now.shared.stride + head * width..];
+        attend(&q[..width], rows)
+    }
+
+    /// Keys and values, one after the other, of some of the positions up to the column's own, in f32.
     fn rows(
         &self,
         now: &Now<'_>,
         cache: &KvCache,
         column: usize,
         kv_head: usize,
-        split: usize,
+        is_part: impl Fn(usize) -> bool,
     ) -> Vec<f32> {
         let a = &now.shared.program.attention;
         let this = &now.columns[column];
@@ -204,10 +244,8 @@ impl Cta {
         };
         // Positions of this very step are not in the cache yet; they came with the exchange.
         let cached = this.position - (column - this.first);
-        let stripe = stripe_of(a);
-        let of_split = |position: &usize| position / stripe % now.kv_splits == split;
         let mut rows = Vec::new();
-        for position in (0..=this.position).filter(of_split) {
+        for position in (0..=this.position).filter(|&position| is_part(position)) {
             if position < cached {
                 let head = self.group * a.kv_heads + kv_head;
                 let at = row_at(now, slot, head, position);
@@ -240,7 +278,15 @@ impl Cta {
         } else {
             self.group..self.group + 1
         };
-        for column in 0..now.columns.len() {
+        for Head {
+            column,
+            head,
+            values,
+        } in std::mem::take(&mut self.heads)
+        {
+            self.store(now.shared.stride, column, k, head * a.head_dim, &values);
+        }
+        for column in (0..now.columns.len()).filter(|&column| !replicated(now, column)) {
             for head in groups.start * a.heads..groups.end * a.heads {
                 for word in 0..a.value_words() {
                     let values = merged(now, column, head, word)?;

@@ -26,6 +26,8 @@ pub(super) struct Now<'a> {
     pub(super) columns: &'a [Column],
     /// Interleaved parts of a sequence's positions.
     pub(super) kv_splits: usize,
+    /// A column below this position is attended to by every member of its group, for itself.
+    pub(super) replicate_below: usize,
     pub(super) layer: usize,
     pub(super) epoch: u32,
 }
@@ -36,6 +38,15 @@ pub(super) struct Append {
     pub(super) at: usize,
     pub(super) keys: Vec<u16>,
     pub(super) values: Vec<u16>,
+}
+
+/// What attention has made of one query head of a column.
+pub(super) struct Head {
+    pub(super) column: usize,
+    /// Counted over all groups.
+    pub(super) head: usize,
+    /// `[head_dim]`
+    pub(super) values: Vec<f32>,
 }
 
 /// The residual stream in f32, as this CTA holds it.
@@ -60,6 +71,8 @@ pub(super) struct Cta {
     pub(super) sum_squares: Vec<f32>,
     pub(super) stream: Stream,
     pub(super) appends: Vec<Append>,
+    /// Heads of replicated columns, finished and not yet the next linear's input.
+    pub(super) heads: Vec<Head>,
     /// The head's results, `[columns, rows of this CTA]`.
     pub(super) logits: Vec<f32>,
     /// Products of one pass, `[columns, rows]`.
@@ -80,6 +93,7 @@ impl Cta {
             sum_squares: vec![0.0; columns],
             stream: Stream::Scattered(Vec::new()),
             appends: Vec::new(),
+            heads: Vec::new(),
             logits: Vec::new(),
             products: Vec::new(),
         }

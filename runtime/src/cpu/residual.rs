@@ -2,32 +2,55 @@
 //! the norm's factors applied. The twin of `compiler/device/residual.cuh`; the norm's scale follows in that linear's
 //! epilogue.
 
+use std::ops::Range;
+
 use mirage_compiler::mesh::share;
 use mirage_compiler::plan::StreamForm;
-use mirage_compiler::program::{Exchange, VALUES_PER_WORD};
+use mirage_compiler::program::Exchange;
 
 use super::area::{PhaseFault, Values};
 use super::cta::{Cta, Now, Operand, Stream};
 use super::exchange::View;
 
-/// A worker's place in the scattered stream: a unit of a column.
-struct Place {
-    unit: usize,
+/// What one pass of one producer gives of a column: the grain in which the scattered stream is shared out.
+struct Run {
+    /// Counted over the column's runs.
+    run: usize,
     column: usize,
+    /// Its units.
+    units: Range<usize>,
 }
 
-/// The scattered stream's units, `[producers side by side, columns, words]`, as they are shared out.
-fn place(view: &View<'_>, columns: usize, index: usize) -> Place {
-    let words = view.source().words();
-    Place {
-        unit: index / words / columns * words + index % words,
-        column: index / words % columns,
-    }
+/// The runs of a worker.
+fn runs(now: &Now<'_>, view: &View<'_>, cta: usize) -> Vec<Run> {
+    let (linear, columns) = (view.source(), now.columns.len());
+    let (passes, words) = (linear.tiling.passes, linear.pass_words());
+    let all = runs_of_column(view) * columns;
+    let share = share(all, now.shared.mesh.workers(), cta);
+    let run = |index: usize| {
+        let run = index / columns;
+        let first = run / passes * linear.words() + run % passes * words;
+        Run {
+            run,
+            column: index % columns,
+            units: first..first + words,
+        }
+    };
+    (share.begin..share.begin + share.count).map(run).collect()
 }
 
-/// Where a unit lies: `[columns, units]`.
-fn index_of(view: &View<'_>, unit: usize, column: usize) -> usize {
+fn runs_of_column(view: &View<'_>) -> usize {
+    view.units() / view.source().pass_words()
+}
+
+/// Where a unit of the handed-on stream lies: `[columns, units]`.
+fn operand_at(view: &View<'_>, unit: usize, column: usize) -> usize {
     column * view.units() + unit
+}
+
+/// Where a run's sum of squares lies, behind the units: `[columns, runs]`.
+fn squares_at(now: &Now<'_>, view: &View<'_>, run: usize, column: usize) -> usize {
+    now.columns.len() * view.units() + column * runs_of_column(view) + run
 }
 
 impl Cta {
@@ -56,20 +79,17 @@ impl Cta {
             StreamForm::Replicated => Stream::Replicated(whole),
             StreamForm::Scattered => {
                 let view = View::new(now, writer, self);
-                let share = share(
-                    view.units() * columns,
-                    now.shared.mesh.workers(),
-                    self.index,
-                );
-                let of_share = (share.begin..share.begin + share.count).map(|index| {
-                    let Place { unit, column } = place(&view, columns, index);
-                    let mut values = Values::default();
-                    let span = view.span(unit);
+                let mut share = Vec::new();
+                for Run { column, units, .. } in runs(now, &view, self.index) {
                     let row = &whole[column * hidden..][..hidden];
-                    values[..span.len()].copy_from_slice(&row[span]);
-                    values
-                });
-                Stream::Scattered(of_share.collect())
+                    share.extend(units.map(|unit| {
+                        let span = view.span(unit);
+                        let mut values = Values::default();
+                        values[..span.len()].copy_from_slice(&row[span]);
+                        values
+                    }));
+                }
+                Stream::Scattered(share)
             }
         };
     }
@@ -123,39 +143,51 @@ impl Cta {
         Ok(())
     }
 
-    /// Reduce-scatter: adds the partials of this worker's share and publishes the new values from word `words_at` on.
+    /// Reduce-scatter: adds the partials of this worker's share and publishes it, from word `words_at` on, as the next
+    /// operand.
     pub(super) fn reduce_scatter(
         &mut self,
         now: &Now<'_>,
         exchange: Exchange,
         words_at: usize,
+        operand: &Operand<'_>,
     ) -> Result<(), PhaseFault> {
         let view = View::new(now, exchange, self);
-        let columns = now.columns.len();
-        let share = share(
-            view.units() * columns,
-            now.shared.mesh.workers(),
-            self.index,
-        );
+        let area = &now.shared.area;
+        let runs = runs(now, &view, self.index);
         let Stream::Scattered(stream) = &mut self.stream else {
             return Err(PhaseFault::Form);
         };
-        for (index, values) in (share.begin..).zip(stream) {
-            let Place { unit, column } = place(&view, columns, index);
-            if view.span(unit).is_empty() {
-                continue;
+        let mut stream = stream.iter_mut();
+        for Run { run, column, units } in runs {
+            let mut squares = 0.0;
+            for (unit, values) in units.zip(&mut stream) {
+                let span = view.span(unit);
+                if span.is_empty() {
+                    continue;
+                }
+                let sum = view.collect(unit, column, now.epoch)?;
+                let mut scaled = Values::default();
+                for (((value, sum), scaled), index) in
+                    values.iter_mut().zip(sum).zip(&mut scaled).zip(span)
+                {
+                    *value += sum;
+                    *scaled = *value * operand.gamma(index);
+                    squares += *value * *value;
+                }
+                area.publish_values(
+                    words_at + operand_at(&view, unit, column),
+                    &scaled,
+                    now.epoch,
+                )?;
             }
-            let sum = view.collect(unit, column, now.epoch)?;
-            for (value, sum) in values.iter_mut().zip(sum) {
-                *value += sum;
-            }
-            let at = words_at + index_of(&view, unit, column);
-            now.shared.area.publish_values(at, values, now.epoch)?;
+            let at = words_at + squares_at(now, &view, run, column);
+            area.publish(at, [squares.to_bits(); 3], now.epoch)?;
         }
         Ok(())
     }
 
-    /// All-gather: collects the published stream, now in bf16, and prepares the next operand.
+    /// All-gather: collects a handed-on stream as the next operand.
     pub(super) fn gather_stream(
         &mut self,
         now: &Now<'_>,
@@ -164,43 +196,57 @@ impl Cta {
         operand: &Operand<'_>,
     ) -> Result<(), PhaseFault> {
         let view = View::new(now, exchange, self);
-        let columns = now.columns.len();
-        self.sum_squares.fill(0.0);
-        for column in 0..columns {
+        let area = &now.shared.area;
+        for column in 0..now.columns.len() {
             for unit in 0..view.units() {
                 let span = view.span(unit);
                 if !span.is_empty() {
-                    let at = words_at + index_of(&view, unit, column);
-                    let values = now.shared.area.take_values(at, now.epoch)?;
-                    self.prepare(now, operand, column, span.start, &values[..span.len()]);
+                    let at = words_at + operand_at(&view, unit, column);
+                    let values = area.take_values(at, now.epoch)?;
+                    let values = &values[..span.len()];
+                    self.store(now.shared.stride, column, operand.k, span.start, values);
                 }
             }
+            let mut squares = 0.0;
+            for run in 0..runs_of_column(&view) {
+                let at = words_at + squares_at(now, &view, run, column);
+                squares += f32::from_bits(area.take(at, now.epoch)?[0]);
+            }
+            self.sum_squares[column] = squares;
         }
         Ok(())
     }
 
-    /// Hands the replicated stream on to the CTAs that hold no part of the layers and only help with the head.
+    /// Hands the operand, which the replicated stream was prepared for, on to the CTAs that hold no part of the layers and
+    /// only help with the head.
     pub(super) fn publish_stream(
         &self,
         now: &Now<'_>,
         writer: Exchange,
         words_at: usize,
     ) -> Result<(), PhaseFault> {
-        let Stream::Replicated(stream) = &self.stream else {
-            return Err(PhaseFault::Form);
-        };
         let view = View::new(now, writer, self);
-        let (columns, hidden) = (now.columns.len(), now.shared.program.hidden);
-        for column in 0..columns {
+        let area = &now.shared.area;
+        for column in 0..now.columns.len() {
+            let row = &self.activation[column * now.shared.stride..];
             for unit in 0..view.units() {
                 let span = view.span(unit);
                 if !span.is_empty() {
-                    let mut values = [0.0; VALUES_PER_WORD];
-                    let row = &stream[column * hidden..][..hidden];
+                    let mut values = Values::default();
                     values[..span.len()].copy_from_slice(&row[span]);
-                    let at = words_at + index_of(&view, unit, column);
-                    now.shared.area.publish_values(at, &values, now.epoch)?;
+                    let at = words_at + operand_at(&view, unit, column);
+                    area.publish_values(at, &values, now.epoch)?;
                 }
+            }
+            // The whole sum stands in a column's first run.
+            for run in 0..runs_of_column(&view) {
+                let squares = if run == 0 {
+                    self.sum_squares[column]
+                } else {
+                    0.0
+                };
+                let at = words_at + squares_at(now, &view, run, column);
+                area.publish(at, [squares.to_bits(); 3], now.epoch)?;
             }
         }
         Ok(())

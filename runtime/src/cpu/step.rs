@@ -42,7 +42,7 @@ fn writer_of(step: &Step) -> Option<(Exchange, Option<usize>)> {
             exchange, words_at, ..
         } => Some((*exchange, Some(*words_at))),
         Phase::Linear(_)
-        | Phase::Attention(_)
+        | Phase::Attention { .. }
         | Phase::CollectHeads { .. }
         | Phase::Collect { .. }
         | Phase::ReduceScatter { .. } => None,
@@ -66,6 +66,7 @@ impl CpuModel {
             shared,
             columns,
             kv_splits: step.kv_splits,
+            replicate_below: step.replicate_below,
             layer,
             epoch,
         };
@@ -95,7 +96,7 @@ impl CpuModel {
                 all_lazy(&mut ctas[..workers], &now, kind, &described, |cta| {
                     run_phase(cta, &now, phase, cache)
                 })?;
-                if matches!(phase, Phase::Attention(_)) {
+                if matches!(phase, Phase::Attention { .. }) {
                     cache.append(ctas.iter_mut().flat_map(|cta| cta.appends.drain(..)));
                 }
             }
@@ -181,7 +182,7 @@ fn run_phase(
     let program = &now.shared.program;
     match phase {
         Phase::Linear(index) => cta.linear(now, &program.linears[*index]),
-        Phase::Attention(exchange) => cta.attention(now, cache, *exchange),
+        Phase::Attention { exchange, .. } => cta.attention(now, cache, *exchange),
         Phase::CollectHeads { next, all_groups } => {
             cta.collect_heads(now, &program.linears[*next], *all_groups)
         }
@@ -190,8 +191,13 @@ fn run_phase(
             let operand = operand(cta, now, next);
             cta.add_to_stream(now, *exchange, &operand)
         }
-        Phase::ReduceScatter { exchange, words_at } => {
-            cta.reduce_scatter(now, *exchange, *words_at)
+        Phase::ReduceScatter {
+            exchange,
+            words_at,
+            next,
+        } => {
+            let operand = operand(cta, now, next);
+            cta.reduce_scatter(now, *exchange, *words_at, &operand)
         }
         Phase::GatherStream {
             exchange,

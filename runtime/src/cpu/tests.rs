@@ -211,6 +211,7 @@ fn neighbours_change_nothing() {
         },
         stream: StreamForm::Scattered,
         kv_splits: 2,
+        replicate_below: 7,
         heads_per_task: 1,
         prefill_columns: 4,
     };
@@ -322,7 +323,10 @@ fn wrong_programs_are_found_out() {
         "is written twice in epoch 1",
     );
     check(
-        &|p| p.attention.words_at = p.exchange.words,
+        &|p| {
+            p.decode.replicate_below = 0;
+            p.attention.words_at = p.exchange.words;
+        },
         "lies outside of the",
     );
     let scattered = StreamForm::Scattered;

@@ -95,6 +95,7 @@ fn neighbours_change_nothing() {
         },
         stream: StreamForm::Scattered,
         kv_splits: 2,
+        replicate_below: 20,
         heads_per_task: 1,
         prefill_columns: 4,
     };
@@ -137,6 +138,7 @@ fn a_chain_of_kernels_makes_the_same_tokens() {
         },
         stream: StreamForm::Replicated,
         kv_splits: 2,
+        replicate_below: 20,
         heads_per_task: 1,
         prefill_columns: 4,
     };

@@ -61,11 +61,14 @@ impl LayerShape<'_> {
                             "q, k and v are partial sums over groups",
                         ));
                     }
-                    phases.push(Phase::Attention(Exchange {
-                        source: qkv,
-                        groups: Along::Own,
-                        members: along(placement.members, true),
-                    }));
+                    phases.push(Phase::Attention {
+                        exchange: Exchange {
+                            source: qkv,
+                            groups: Along::Own,
+                            members: along(placement.members, true),
+                        },
+                        next: self.reader_of_heads(&node.name)?,
+                    });
                     continue;
                 }
                 FusedOp::Linear(linear) => linear,
@@ -113,7 +116,11 @@ impl LayerShape<'_> {
                             .iter()
                             .find(|(l, _)| *l == index)
                             .map_or(0, |&(_, at)| at);
-                        phases.push(Phase::ReduceScatter { exchange, words_at });
+                        phases.push(Phase::ReduceScatter {
+                            exchange,
+                            words_at,
+                            next,
+                        });
                         phases.push(Phase::GatherStream {
                             exchange,
                             words_at,
@@ -128,6 +135,22 @@ impl LayerShape<'_> {
     }
 
     /// The next linear that reads the residual stream.
+    /// The linear that multiplies attention's heads.
+    fn reader_of_heads(&self, name: &str) -> Result<usize, ProgramError> {
+        self.graph
+            .layer
+            .iter()
+            .zip(self.index_of)
+            .find_map(|(n, index)| match &n.op {
+                FusedOp::Linear(FusedLinear {
+                    input: Input::Node(from),
+                    ..
+                }) if *from == self.attention_node => *index,
+                _ => None,
+            })
+            .ok_or_else(|| dataflow(name, "no linear reads its heads"))
+    }
+
     fn reader_after(&self, node: usize) -> Next {
         self.graph.layer[node + 1..]
             .iter()

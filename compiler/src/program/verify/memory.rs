@@ -126,7 +126,9 @@ pub(super) fn check_words(program: &Program) -> Result<(), Violation> {
         let words = mesh.groups * a.tasks(step) * a.heads_per_task * a.task_words(step);
         need("words of the heads".to_owned(), a.words_at, words);
         for phase in &step.layer {
-            let (Phase::ReduceScatter { exchange, words_at }
+            let (Phase::ReduceScatter {
+                exchange, words_at, ..
+            }
             | Phase::GatherStream {
                 exchange, words_at, ..
             }) = phase
@@ -134,7 +136,7 @@ pub(super) fn check_words(program: &Program) -> Result<(), Violation> {
                 continue;
             };
             let linear = &program.linears[exchange.source];
-            let units = views::producers(program, exchange, (0, 0)).len() * linear.words();
+            let units = views::producers(program, exchange, (0, 0)).len() * linear.gathered_words();
             need(
                 format!("the stream after {}", linear.name),
                 *words_at,
@@ -153,7 +155,7 @@ pub(super) fn check_words(program: &Program) -> Result<(), Violation> {
         });
     if let Some(exchange) = writer.filter(|_| mesh.ctas > mesh.workers()) {
         let units = views::producers(program, exchange, (0, 0)).len()
-            * program.linears[exchange.source].words();
+            * program.linears[exchange.source].gathered_words();
         need(
             "the stream for the other CTAs".to_owned(),
             e.stream_at,

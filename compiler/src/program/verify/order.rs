@@ -119,7 +119,7 @@ impl<'a> Trace<'a> {
                     self.publish_what_it_knows(Buffer::Linear(*index), cta, epoch)?;
                 }
             }
-            Phase::Attention(exchange) => {
+            Phase::Attention { exchange, .. } => {
                 let before = self.clocks.clone();
                 self.collect(exchange, epoch)?;
                 if std::ptr::eq(step, &self.program.decode) {
@@ -149,8 +149,8 @@ impl<'a> Trace<'a> {
                         .collect::<Vec<_>>();
                     self.join(cta, Buffer::Heads, &writers, epoch, &mut known, (own, None))?;
                 }
-                if step.kv_splits > 1 {
-                    // Which parts are empty, and not waited for, depends on the positions.
+                if step.kv_splits > 1 || step.replicate_below > 0 {
+                    // Which parts are empty or replicated, and not waited for, depends on the positions.
                     self.clocks = before;
                 }
             }
@@ -222,7 +222,7 @@ impl<'a> Trace<'a> {
         Ok(())
     }
 
-    /// A worker's threads each publish a word as soon as its own partial sums are there: such a word does not tell that
+    /// A worker's warps each publish their words as soon as their own partial sums are there: such a word does not tell that
     /// the other threads have read theirs, and its writer knows only what all of them know when it overwrites one.
     fn reduce_scatter(
         &mut self,

@@ -9,9 +9,6 @@ use crate::mesh::Split;
 use crate::plan::{StreamForm, Target};
 use crate::program::{Exchange, Linear, Next, Phase, Program, RowOrder, Step, TILE};
 
-/// Threads of a CTA that compute.
-const CONSUMERS: usize = 256;
-
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
     let mut views: Vec<Exchange> = Vec::new();
     for (name, step) in program.steps() {
@@ -55,18 +52,18 @@ pub(super) fn linears_of(phase: &Phase) -> [Option<usize>; 2] {
     };
     match phase {
         Phase::Linear(index) => [Some(*index), None],
-        Phase::Attention(exchange) => [Some(exchange.source), None],
+        Phase::Attention { exchange, next } => [Some(exchange.source), Some(*next)],
         Phase::CollectHeads { next, .. } => [Some(*next), None],
         Phase::Collect { exchange, next } => [Some(exchange.source), Some(*next)],
         Phase::AddToStream { exchange, next } => [Some(exchange.source), Some(of_next(next))],
-        Phase::ReduceScatter { exchange, .. } => [Some(exchange.source), None],
+        Phase::ReduceScatter { exchange, next, .. } => [Some(exchange.source), Some(of_next(next))],
         Phase::GatherStream { exchange, next, .. } => [Some(exchange.source), Some(of_next(next))],
     }
 }
 
 fn exchange_of(phase: &Phase) -> Option<&Exchange> {
     match phase {
-        Phase::Attention(exchange)
+        Phase::Attention { exchange, .. }
         | Phase::Collect { exchange, .. }
         | Phase::AddToStream { exchange, .. }
         | Phase::ReduceScatter { exchange, .. }
@@ -112,7 +109,7 @@ fn check_attention(program: &Program) -> Result<(), Violation> {
     )?;
     let shared = a.heads / a.kv_heads;
     steps(
-        a.heads_per_task > 0 && shared.is_multiple_of(a.heads_per_task) && a.heads_per_task <= 32,
+        a.heads_per_task > 0 && shared.is_multiple_of(a.heads_per_task) && a.heads_per_task <= 8,
         &|| {
             format!(
                 "{} heads a task where {shared} query heads share a KV head",
@@ -183,10 +180,11 @@ struct Walk<'a> {
     /// Linears that have published in this layer, and how often each was read.
     published: usize,
     read: Vec<usize>,
-    heads_published: bool,
+    /// The linear for which attention has published, or kept, its heads.
+    heads_for: Option<usize>,
     heads_read: bool,
-    /// Linear whose scattered sums were published last, and where.
-    scattered: Option<(usize, usize)>,
+    /// Linear whose scattered sums were published last, where, and as whose input.
+    scattered: Option<(usize, usize, Next)>,
 }
 
 impl<'a> Walk<'a> {
@@ -201,7 +199,7 @@ impl<'a> Walk<'a> {
             },
             published: 0,
             read: vec![0; program.linears.len()],
-            heads_published: false,
+            heads_for: None,
             heads_read: false,
             scattered: None,
         }
@@ -254,7 +252,7 @@ impl<'a> Walk<'a> {
         let program = self.program;
         match phase {
             Phase::Linear(index) => self.linear(*index, place),
-            Phase::Attention(exchange) => {
+            Phase::Attention { exchange, next } => {
                 let a = &program.attention;
                 ensure(exchange.source == a.qkv, Rule::Views, place, || {
                     "it does not read q, k and v".to_owned()
@@ -271,7 +269,7 @@ impl<'a> Walk<'a> {
                     })?;
                 }
                 self.held = Held::Nothing;
-                self.heads_published = true;
+                self.heads_for = Some(*next);
                 Ok(())
             }
             Phase::CollectHeads { next, all_groups } => {
@@ -297,25 +295,23 @@ impl<'a> Walk<'a> {
                 self.add(exchange, place)?;
                 self.prepare(next, place)
             }
-            Phase::ReduceScatter { exchange, words_at } => {
+            Phase::ReduceScatter {
+                exchange,
+                words_at,
+                next,
+            } => {
                 self.form(StreamForm::Scattered, place)?;
                 self.add(exchange, place)?;
-                let workers = program.mesh.workers();
-                let share = views::producers(program, exchange, (0, 0)).len()
+                let linear = &program.linears[exchange.source];
+                let runs = views::producers(program, exchange, (0, 0)).len()
                     * self.step.columns
-                    * program.linears[exchange.source].words();
-                ensure(
-                    share.div_ceil(workers) <= CONSUMERS,
-                    Rule::Steps,
-                    place,
-                    || {
-                        format!(
-                            "{} words of the stream a worker; it has {CONSUMERS} threads",
-                            share.div_ceil(workers)
-                        )
-                    },
-                )?;
-                self.scattered = Some((exchange.source, *words_at));
+                    * linear.tiling.passes;
+                let share = runs.div_ceil(program.mesh.workers());
+                let slots = linear.run_slots();
+                ensure(share <= slots, Rule::Steps, place, || {
+                    format!("{share} runs of the stream a worker; its warps have room for {slots}")
+                })?;
+                self.scattered = Some((exchange.source, *words_at, *next));
                 Ok(())
             }
             Phase::GatherStream {
@@ -326,12 +322,12 @@ impl<'a> Walk<'a> {
                 self.form(StreamForm::Scattered, place)?;
                 let given = self.scattered.take();
                 ensure(
-                    given == Some((exchange.source, *words_at)),
+                    given == Some((exchange.source, *words_at, *next)),
                     Rule::Waits,
                     place,
                     || {
                         format!(
-                            "it waits for words at {words_at}, published were {given:?} (linear, words)"
+                            "it waits for words at {words_at}, published were {given:?} (linear, words, what is prepared)"
                         )
                     },
                 )?;
@@ -437,9 +433,15 @@ impl<'a> Walk<'a> {
     ) -> Result<(), Violation> {
         let program = self.program;
         let (a, mesh, to) = (&program.attention, &program.mesh, &program.linears[next]);
-        ensure(self.heads_published, Rule::Waits, place, || {
-            "attention has not published yet".to_owned()
+        ensure(self.heads_for == Some(next), Rule::Waits, place, || {
+            format!("attention has not published for {}", to.name)
         })?;
+        ensure(
+            self.step.replicate_below == 0 || !all_groups && self.name == "decode",
+            Rule::Steps,
+            place,
+            || "only decode steps whose heads stay in their group replicate attention".to_owned(),
+        )?;
         let of_group = a.heads * a.head_dim;
         ensure(
             to.columns == of_group * mesh.groups,

@@ -71,6 +71,7 @@ impl Forced {
             columns,
             stream,
             kv_splits: self.kv_splits,
+            replicate_below: 0,
             cost: StepCost::default(),
         };
         Plan {
@@ -286,9 +287,9 @@ fn mutant_next_linear_changed() {
                         Phase::CollectHeads { next, .. } | Phase::Collect { next, .. } => {
                             *next = other
                         }
-                        Phase::AddToStream { next, .. } | Phase::GatherStream { next, .. } => {
-                            *next = Next::SameLayer(other)
-                        }
+                        Phase::AddToStream { next, .. }
+                        | Phase::ReduceScatter { next, .. }
+                        | Phase::GatherStream { next, .. } => *next = Next::SameLayer(other),
                         Phase::Linear(index) => *index = other,
                         _ => continue,
                     }
@@ -311,7 +312,7 @@ fn mutant_along_changed() {
                 for along in [Along::Own, Along::Concat, Along::Sum] {
                     for axis in 0..2 {
                         let mut changed = layer.to_vec();
-                        let (Phase::Attention(exchange)
+                        let (Phase::Attention { exchange, .. }
                         | Phase::Collect { exchange, .. }
                         | Phase::AddToStream { exchange, .. }
                         | Phase::ReduceScatter { exchange, .. }

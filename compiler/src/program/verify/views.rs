@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{Rule, Violation, ensure};
 use crate::mesh::Share;
-use crate::program::{Along, Exchange, Program};
+use crate::program::{Along, Exchange, Program, VALUES_PER_WORD};
 
 /// One of the producers a reader takes side by side.
 pub(super) struct Producer {
@@ -128,23 +128,20 @@ pub(super) struct Unit {
     pub(super) owner: usize,
 }
 
-/// The used units of the residual stream in the order of `Gathered::index` in `device/residual.cuh`, all columns.
+/// The used units of the residual stream as they are shared out, all columns: whole runs, each what one pass of one
+/// producer gives of a column (`Scattered` in `device/residual.cuh`).
 pub(super) fn stream_units(program: &Program, exchange: &Exchange, columns: usize) -> Vec<Unit> {
-    let linear = &program.linears[exchange.source];
+    let (linear, workers) = (&program.linears[exchange.source], program.mesh.workers());
     let producers = producers(program, exchange, (0, 0));
-    let (words, pass_words) = (linear.words(), linear.pass_words());
-    let total = producers.len() * columns * words;
+    let passes = linear.tiling.passes;
     let mut units = Vec::new();
-    for owner in 0..program.mesh.workers() {
-        let share = crate::mesh::share(total, program.mesh.workers(), owner);
-        for index in share.begin..share.begin + share.count {
-            let producer = index / words / columns;
-            let word = index % words;
-            let outputs = linear.pass_rows(producers[producer].rows.count, word / pass_words)
-                * linear.outputs_per_tile();
-            if word % pass_words * crate::program::VALUES_PER_WORD < outputs {
-                units.push(Unit { producer, owner });
-            }
+    for owner in 0..workers {
+        let share = crate::mesh::share(producers.len() * passes * columns, workers, owner);
+        for run in (share.begin..share.begin + share.count).map(|index| index / columns) {
+            let (producer, pass) = (run / passes, run % passes);
+            let rows = linear.pass_rows(producers[producer].rows.count, pass);
+            let words = (rows * linear.outputs_per_tile()).div_ceil(VALUES_PER_WORD);
+            units.extend((0..words).map(|_| Unit { producer, owner }));
         }
     }
     units
