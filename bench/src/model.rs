@@ -3,14 +3,11 @@
 //! Owns the search for a checkpoint folder, the choice of the operator graph, and the facts for the report. It must not
 //! download anything, and it loads no weights: the sides do.
 
-use std::borrow::Cow;
-use std::error::Error;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use mirage_compiler::graph::Graph;
 use mirage_compiler::ops::Load;
-use mirage_compiler::reference::{Tensor, WeightSource};
 use mirage_compiler::typed::{ModelConfig, TypedGraph};
 use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::tokenizer::{Tokenizer, stop_tokens};
@@ -246,24 +243,6 @@ fn snapshot(name: &str, repository: &Path) -> Result<Option<PathBuf>> {
         );
     }
     Ok(all.pop())
-}
-
-/// A checkpoint as the plain reference reads it.
-pub struct Weights<'a>(pub &'a Checkpoint);
-
-impl WeightSource for Weights<'_> {
-    fn tensor(&self, name: &str) -> Result<Tensor<'_>, Box<dyn Error + Send + Sync>> {
-        let tensor = self.0.tensor(name)?;
-        let columns = tensor.columns();
-        let mut data = vec![0.0; tensor.rows() * columns];
-        for (row, out) in data.chunks_exact_mut(columns.max(1)).enumerate() {
-            tensor.read_f32(row, 0, out)?;
-        }
-        Ok(Tensor {
-            shape: tensor.shape().to_vec(),
-            data: Cow::Owned(data),
-        })
-    }
 }
 
 #[cfg(test)]

@@ -18,11 +18,14 @@ mod tensor;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use mirage_compiler::reference::{self, WeightSource};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -176,6 +179,21 @@ impl Checkpoint {
             }
         }
         hasher.finalize()
+    }
+}
+
+/// Tensors as the plain reference reads them.
+impl WeightSource for Checkpoint {
+    fn tensor(&self, name: &str) -> Result<reference::Tensor<'_>, Box<dyn Error + Send + Sync>> {
+        let tensor = self.tensor(name)?;
+        let mut data = vec![0.0; tensor.rows() * tensor.columns()];
+        for (row, out) in data.chunks_exact_mut(tensor.columns().max(1)).enumerate() {
+            tensor.read_f32(row, 0, out)?;
+        }
+        Ok(reference::Tensor {
+            shape: tensor.shape().to_vec(),
+            data: Cow::Owned(data),
+        })
     }
 }
 

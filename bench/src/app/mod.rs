@@ -19,7 +19,7 @@ use crate::compare::Comparison;
 use crate::device::{self, Probe};
 use crate::external::External;
 use crate::harness::{Harness, Measured, Observer, Schedule};
-use crate::model::{Model, Weights};
+use crate::model::Model;
 use crate::progress::Progress;
 use crate::report::{format, html, json, markdown, text};
 use crate::results::{DeviceState, Iteration, Point, PromptFacts, Results, Sample, SideFacts};
@@ -117,8 +117,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
     };
     let device = device_facts(gpu.as_ref());
     let mut results = header(args, &model, device, prompt_facts, fallback);
-    let weights = Weights(&model.checkpoint);
-    let mut sides = sides(args, &model, &weights, gpu.as_ref());
+    let mut sides = sides(args, &model, gpu.as_ref());
     results.sides = sides.iter().map(|side| side.facts()).collect();
 
     let harness = Harness {
@@ -294,12 +293,7 @@ fn schedule(args: &Args, depths: &[usize], model: &Model) -> Schedule {
 }
 
 /// Mirage first, then the baselines from the plainest to the strongest.
-fn sides<'a>(
-    args: &Args,
-    model: &'a Model,
-    weights: &'a Weights<'a>,
-    gpu: Option<&Gpu>,
-) -> Vec<Box<dyn Side + 'a>> {
+fn sides<'a>(args: &Args, model: &'a Model, gpu: Option<&Gpu>) -> Vec<Box<dyn Side + 'a>> {
     let mut sides: Vec<Box<dyn Side + 'a>> = Vec::new();
     let mirage = gpu.map(|gpu| SharedMirage::new(model, gpu));
     if !args.skip_mirage {
@@ -330,9 +324,7 @@ fn sides<'a>(
             (BaselineName::B2, _, Some(mirage)) => {
                 sides.push(Box::new(MirageGpu::new(mirage, Form::Phased)))
             }
-            (BaselineName::Reference, None, _) => {
-                sides.push(Box::new(PlainReference::new(model, weights)))
-            }
+            (BaselineName::Reference, None, _) => sides.push(Box::new(PlainReference::new(model))),
             // Refused before: `check_baselines`.
             (BaselineName::B0 | BaselineName::B1, None, _)
             | (BaselineName::B2, _, None)

@@ -11,23 +11,21 @@ use mirage_runtime::sampler::Sampler;
 
 use super::executor::times;
 use super::sampling;
-use crate::model::{Model, Weights};
+use crate::model::Model;
 use crate::results::{Role, Setup, SideFacts};
 use crate::side::{Generation, Interrupt, Shape, Side, SideError, Work};
 
 /// The reference of one model.
 pub struct PlainReference<'a> {
     model: &'a Model,
-    weights: &'a Weights<'a>,
     loaded: Option<Reference<'a>>,
 }
 
 impl<'a> PlainReference<'a> {
     /// Loads nothing yet.
-    pub fn new(model: &'a Model, weights: &'a Weights<'a>) -> PlainReference<'a> {
+    pub fn new(model: &'a Model) -> PlainReference<'a> {
         PlainReference {
             model,
-            weights,
             loaded: None,
         }
     }
@@ -58,7 +56,10 @@ impl Side for PlainReference<'_> {
     fn prepare(&mut self, _shape: Shape) -> Result<Setup, SideError> {
         let begin = Instant::now();
         if self.loaded.is_none() {
-            self.loaded = Some(Reference::new(&self.model.typed, self.weights).map_err(failed)?);
+            let Model {
+                typed, checkpoint, ..
+            } = self.model;
+            self.loaded = Some(Reference::new(typed, checkpoint).map_err(failed)?);
         }
         Ok(Setup {
             load_s: begin.elapsed().as_secs_f64(),
