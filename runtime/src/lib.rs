@@ -34,6 +34,4 @@ pub mod gpu;
 pub mod megakernel;
 pub mod pack;
 pub mod sampler;
-#[cfg(test)]
-mod testing;
 pub mod tokenizer;

@@ -3,22 +3,13 @@
 //! The reference calculates in f32, the baseline rounds every value to bf16. So logits are compared within bf16's noise,
 //! and a greedy token is right if the reference's logit of it is within that noise of the best.
 
-use std::borrow::Cow;
-use std::error::Error;
-use std::path::Path;
-
-use half::bf16;
-use mirage_compiler::graph::Graph;
-use mirage_compiler::reference::{Reference, Tensor, WeightSource};
-use mirage_compiler::typed::{ModelConfig, TypedGraph};
+use mirage_compiler::reference::Reference;
+use mirage_compiler::typed::TypedGraph;
 use mirage_runtime::baseline::{Baseline, GenerateRequest, LaunchMode, Prompt};
 use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::gpu::Gpu;
 use mirage_runtime::sampler::SamplingParams;
-use safetensors::tensor::TensorView;
-
-const QWEN3: &str = include_str!("../../graphs/qwen3.ron");
-const LLAMA3: &str = include_str!("../../graphs/llama3.ron");
+use mirage_testing::{LLAMA3, QWEN3, Random};
 
 const QWEN3_CONFIG: &str = r#"{"model_type": "qwen3", "num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 192,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 520, "rms_norm_eps": 1e-6,
@@ -35,90 +26,21 @@ const NOISE: f32 = 0.04;
 
 struct Model {
     graph: TypedGraph,
-    weights: Weights,
+    checkpoint: Checkpoint,
     baseline: Baseline,
 }
 
-/// A checkpoint as the reference reads it.
-struct Weights(Checkpoint);
-
-impl WeightSource for Weights {
-    fn tensor(&self, name: &str) -> Result<Tensor<'_>, Box<dyn Error + Send + Sync>> {
-        let tensor = self.0.tensor(name)?;
-        let columns = tensor.columns();
-        let mut data = vec![0.0; tensor.rows() * columns];
-        for (row, out) in data.chunks_exact_mut(columns).enumerate() {
-            tensor.read_f32(row, 0, out)?;
-        }
-        Ok(Tensor {
-            shape: tensor.shape().to_vec(),
-            data: Cow::Owned(data),
-        })
-    }
-}
-
 /// A graph with random weights, both on the GPU and for the reference.
-fn model(graph: &str, config: &str, max_batch: usize, max_seq: usize) -> Model {
+fn model(graph: &'static str, config: &str, max_batch: usize, max_seq: usize) -> Model {
     let gpu = Gpu::open(0).expect("these tests need a GPU");
-    let graph = Graph::parse(graph, "graph.ron").unwrap();
-    let graph =
-        TypedGraph::new(&graph, &ModelConfig::parse(config, "config.json").unwrap()).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    write_checkpoint(dir.path(), &graph, config);
-    let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    let baseline = Baseline::new(&gpu, &graph, &checkpoint, max_batch, max_seq).unwrap();
-    // The files stay mapped when their names are gone.
+    let model = mirage_testing::Model::random(graph, config);
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    let graph = model.typed.clone();
+    // The files stay open when their names are gone.
     Model {
+        baseline: Baseline::new(&gpu, &graph, &checkpoint, max_batch, max_seq).unwrap(),
         graph,
-        weights: Weights(checkpoint),
-        baseline,
-    }
-}
-
-fn write_checkpoint(dir: &Path, graph: &TypedGraph, config: &str) {
-    std::fs::write(dir.join("config.json"), config).unwrap();
-    let mut random = Random(7);
-    let mut tensors = Vec::new();
-    for weight in &graph.weights {
-        let copies = if weight.per_layer() { graph.layers } else { 1 };
-        for layer in 0..copies {
-            let columns = *weight.shape.last().unwrap();
-            let element = |random: &mut Random| match weight.shape.len() {
-                // Gammas near 1, matrices that keep a vector's size.
-                1 => 1.0 + 0.2 * random.next(),
-                _ => 1.7 * random.next() / (columns as f32).sqrt(),
-            };
-            let bytes: Vec<u8> = (0..weight.shape.iter().product::<usize>())
-                .flat_map(|_| bf16::from_f32(element(&mut random)).to_le_bytes())
-                .collect();
-            tensors.push((weight.name_in(layer), weight.shape.clone(), bytes));
-        }
-    }
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        (
-            name.as_str(),
-            TensorView::new(safetensors::Dtype::BF16, shape.clone(), bytes).unwrap(),
-        )
-    });
-    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
-}
-
-/// Numbers from -1 to 1 (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-    fn next(&mut self) -> f32 {
-        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-    fn tokens(&mut self, count: usize, vocab: u64) -> Vec<u32> {
-        (0..count).map(|_| (self.bits() % vocab) as u32).collect()
+        checkpoint,
     }
 }
 
@@ -128,7 +50,7 @@ fn largest(row: &[f32]) -> f32 {
 
 /// Teacher-forced logits of every position.
 fn check_logits(model: &mut Model, tokens: &[u32]) {
-    let reference = Reference::new(&model.graph, &model.weights).unwrap();
+    let reference = Reference::new(&model.graph, &model.checkpoint).unwrap();
     let expect = reference.logits(tokens).unwrap();
     let got = model.baseline.logits(tokens, 0..tokens.len()).unwrap();
     let vocab = expect[0].len();
@@ -146,7 +68,7 @@ fn check_logits(model: &mut Model, tokens: &[u32]) {
 
 /// That each of `tokens` was a best next token, within the noise.
 fn check_greedy(model: &Model, prompt: &[u32], tokens: &[u32]) {
-    let reference = Reference::new(&model.graph, &model.weights).unwrap();
+    let reference = Reference::new(&model.graph, &model.checkpoint).unwrap();
     let all = [prompt, tokens].concat();
     let logits = reference.logits(&all).unwrap();
     for (index, token) in tokens.iter().enumerate() {
@@ -176,23 +98,23 @@ fn greedy(prompts: &[Vec<u32>], max_new_tokens: usize) -> GenerateRequest {
 
 #[test]
 fn logits_are_the_references() {
-    let tokens = Random(1).tokens(70, 500);
+    let tokens = Random::new(1).tokens(70, 500);
     check_logits(&mut model(QWEN3, QWEN3_CONFIG, 2, 128), &tokens);
-    let tokens = Random(2).tokens(70, 260);
+    let tokens = Random::new(2).tokens(70, 260);
     check_logits(&mut model(LLAMA3, LLAMA3_CONFIG, 2, 128), &tokens);
 }
 
 /// Longer than a chunk, so that attention reaches back into an earlier pass.
 #[test]
 fn long_prompts_go_through_in_chunks() {
-    let tokens = Random(3).tokens(600, 500);
+    let tokens = Random::new(3).tokens(600, 500);
     check_logits(&mut model(QWEN3, QWEN3_CONFIG, 3, 640), &tokens);
 }
 
 #[test]
 fn greedy_tokens_are_the_references_for_prompts_of_any_length_together() {
     let mut model = model(QWEN3, QWEN3_CONFIG, 4, 320);
-    let mut random = Random(4);
+    let mut random = Random::new(4);
     let prompts: Vec<_> = [1, 5, 37, 200]
         .map(|length| random.tokens(length, 500))
         .into();
@@ -209,7 +131,10 @@ fn greedy_tokens_are_the_references_for_prompts_of_any_length_together() {
 #[test]
 fn a_recorded_step_gives_the_tokens_of_one_launch_after_the_other() {
     let mut model = model(LLAMA3, LLAMA3_CONFIG, 2, 256);
-    let prompts = [Random(5).tokens(3, 260), Random(6).tokens(40, 260)];
+    let prompts = [
+        Random::new(5).tokens(3, 260),
+        Random::new(6).tokens(40, 260),
+    ];
     // Short enough for attention not to be split differently.
     let mut request = greedy(&prompts, 20);
     let eager = model.baseline.generate(&request).unwrap();
@@ -226,7 +151,7 @@ fn a_recorded_step_gives_the_tokens_of_one_launch_after_the_other() {
 #[test]
 fn a_sequence_ends_with_its_stop_token() {
     let mut model = model(QWEN3, QWEN3_CONFIG, 2, 128);
-    let prompts = [Random(7).tokens(6, 500), Random(8).tokens(9, 500)];
+    let prompts = [Random::new(7).tokens(6, 500), Random::new(8).tokens(9, 500)];
     let mut request = greedy(&prompts, 30);
     let free = model.baseline.generate(&request).unwrap().tokens;
     for mode in [LaunchMode::Eager, LaunchMode::Graph] {
@@ -248,7 +173,7 @@ fn a_sequence_ends_with_its_stop_token() {
 #[test]
 fn sampling_is_the_cpus() {
     let mut model = model(QWEN3, QWEN3_CONFIG, 1, 64);
-    let tokens = Random(9).tokens(12, 500);
+    let tokens = Random::new(9).tokens(12, 500);
     let logits = model.baseline.logits(&tokens, 11..12).unwrap();
     for seed in 0..20 {
         for (top_k, top_p) in [(0, 1.0), (7, 1.0), (0, 0.6), (20, 0.8), (10_000, 0.95)] {

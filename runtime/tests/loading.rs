@@ -1,23 +1,10 @@
 //! What is wrong with a checkpoint is said when it is opened or loaded, and names the file or the tensor.
 
-mod common;
-
-use common::damaged::{CASES, Damage, Damaged};
-use common::testing::{Sizes, planned, qwen3};
 use mirage_compiler::arch::GpuModel;
 use mirage_compiler::plan::Target;
-use mirage_runtime::checkpoint;
+use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::cpu::CpuModel;
-
-const SIZES: Sizes = Sizes {
-    layers: 2,
-    hidden: 80,
-    ffn: 112,
-    heads: 6,
-    kv_heads: 2,
-    vocab: 75,
-    tied: true,
-};
+use mirage_testing::{CASES, Damage, SIZES, Sizes, damaged, planned, qwen3};
 
 fn target() -> Target {
     Target {
@@ -32,7 +19,7 @@ fn damaged_weights_are_refused() {
     let model = qwen3(SIZES);
     let program = planned(&model, &target());
     for (damage, expect) in CASES {
-        let checkpoint = Damaged::new(&model, damage).open().unwrap();
+        let checkpoint = Checkpoint::open(damaged(&model, damage)).unwrap();
         let Err(error) = CpuModel::load(program.clone(), &checkpoint) else {
             panic!("{damage:?}: loaded");
         };
@@ -43,7 +30,7 @@ fn damaged_weights_are_refused() {
 #[test]
 fn truncated_files_are_refused() {
     let model = qwen3(SIZES);
-    let file = model.checkpoint.dir().join("model.safetensors");
+    let file = model.as_ref().join("model.safetensors");
     let length = std::fs::metadata(file).unwrap().len() as usize;
     // Within the last tensor, within the header, and within the header's own length.
     for (left, expect) in [
@@ -55,7 +42,8 @@ fn truncated_files_are_refused() {
         (5, "truncated: 5 bytes of 8".to_owned()),
     ] {
         let damage = Damage::Truncated(length - left);
-        let error = Damaged::new(&model, damage).open().unwrap_err().to_string();
+        let opened = Checkpoint::open(damaged(&model, damage));
+        let error = opened.unwrap_err().to_string();
         assert!(error.contains("model.safetensors: "), "{error}");
         assert!(error.contains(&expect), "{left} bytes left: {error}");
     }
@@ -66,7 +54,8 @@ fn truncated_files_are_refused() {
 fn weights_of_another_model_are_refused() {
     let model = qwen3(SIZES);
     let other = qwen3(Sizes { ffn: 128, ..SIZES });
-    let Err(error) = CpuModel::load(planned(&model, &target()), &other.checkpoint) else {
+    let other = Checkpoint::open(other).unwrap();
+    let Err(error) = CpuModel::load(planned(&model, &target()), &other) else {
         panic!("loaded");
     };
     let expect = "has shape [128, 80], but [112, 80] is expected; check that config.json belongs";

@@ -1,17 +1,16 @@
 //! The tiny model end to end on the CPU: from text to text, against transformers' f32 and our own per-operator reference.
 
-mod common;
+mod transformers;
 
-use common::expected::{check_greedy, check_logits, expected};
-use common::testing::planned;
-use common::{BOUND, behind, error, tiny};
 use mirage_compiler::arch::{Arch, GpuModel};
 use mirage_compiler::plan::Target;
 use mirage_compiler::reference::Reference;
-use mirage_runtime::checkpoint;
+use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::cpu::CpuModel;
 use mirage_runtime::generate::{Executor, GenerateRequest};
 use mirage_runtime::tokenizer::{Tokenizer, stop_tokens};
+use mirage_testing::{BOUND, behind, error, expected, planned, tiny, tiny_dir};
+use transformers::{check_greedy, check_logits};
 
 /// The tiny model on the CPU, planned for so many sequences on a GPU, or on the CPU's own mesh.
 fn cpu(gpu: GpuModel, batch: usize) -> CpuModel {
@@ -21,12 +20,13 @@ fn cpu(gpu: GpuModel, batch: usize) -> CpuModel {
         batch,
         max_seq,
     };
-    CpuModel::load(planned(&model, &target), &model.checkpoint).unwrap()
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    CpuModel::load(planned(&model, &target), &checkpoint).unwrap()
 }
 
 #[test]
 fn the_tokenizer_reads_and_writes_what_transformers_does() {
-    let dir = common::expected::dir();
+    let dir = tiny_dir();
     let tokenizer = Tokenizer::open(&dir).unwrap();
     for prompt in expected() {
         assert_eq!(
@@ -42,9 +42,9 @@ fn the_tokenizer_reads_and_writes_what_transformers_does() {
         let pieces: String = pieces.collect();
         assert_eq!(pieces + &stream.finish().unwrap(), prompt.greedy_text);
     }
-    let model = tiny();
+    let checkpoint = Checkpoint::open(&dir).unwrap();
     assert_eq!(
-        stop_tokens(&dir, model.checkpoint.config()).unwrap(),
+        stop_tokens(&dir, checkpoint.config()).unwrap(),
         [tokenizer.token_id("<|endoftext|>").unwrap()]
     );
 }
@@ -74,7 +74,8 @@ fn the_program_of_an_h100_computes_the_same() {
 #[test]
 fn the_reference_agrees_with_transformers_and_the_executor() {
     let model = tiny();
-    let reference = Reference::new(&model.typed, &model).unwrap();
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    let reference = Reference::new(&model.typed, &checkpoint).unwrap();
     let mut cpu = cpu(GpuModel::cpu(), 4);
     let prompts = &expected()[..4];
     let batch: Vec<_> = prompts

@@ -7,50 +7,26 @@ use mirage_compiler::arch::GpuModel;
 use mirage_compiler::mesh::{Placement, Split};
 use mirage_compiler::plan::{StreamForm, Target};
 use mirage_compiler::reference::Reference;
+use mirage_testing::{
+    BOUND, Choice, MEAN_BOUND, Model, SIZES, Sizes, behind, error, llama3, planned, qwen3, target,
+};
 
 use super::run::column_of;
 use super::step::Kind;
 use super::*;
 use crate::generate::{FinishReason, Generated, PrefillSequence, prefill_steps};
 use crate::sampler::SamplingParams;
-use crate::testing::{Choice, Model, Random, Sizes, llama3, planned, qwen3, target};
-
-/// Nothing divides evenly: 5 tiles of the stream, 7 of the ffn, 75 tokens, three query heads to a KV head.
-const SIZES: Sizes = Sizes {
-    layers: 2,
-    hidden: 80,
-    ffn: 112,
-    heads: 6,
-    kv_heads: 2,
-    vocab: 75,
-    tied: true,
-};
-
-/// Largest error of a logit at any position, in units of the logits' root mean square there. Activations and exchanged
-/// values carry 8 bits (2^-9 each rounding), more of them where partial sums are exchanged; measured: up to 0.086.
-const BOUND: f32 = 0.12;
-/// The mean over positions of that error; measured: 0.018 to 0.026.
-const MEAN_BOUND: f32 = 0.035;
 
 fn cpu(model: &Model, program: &Program) -> CpuModel {
-    CpuModel::load(program.clone(), &model.checkpoint).unwrap()
+    CpuModel::load(program.clone(), &Checkpoint::open(model).unwrap()).unwrap()
 }
 
 fn reference(model: &Model, tokens: &[u32]) -> Vec<Vec<f32>> {
-    Reference::new(&model.typed, model)
+    let checkpoint = Checkpoint::open(model).unwrap();
+    Reference::new(&model.typed, &checkpoint)
         .unwrap()
         .logits(tokens)
         .unwrap()
-}
-
-fn rms(values: &[f32]) -> f32 {
-    (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt()
-}
-
-fn error(got: &[f32], want: &[f32]) -> f32 {
-    assert_eq!(got.len(), want.len());
-    let errors = got.iter().zip(want).map(|(g, w)| (g - w).abs());
-    errors.fold(0.0, f32::max) / rms(want)
 }
 
 /// Logits after each prompt, by way of prefill steps.
@@ -95,11 +71,8 @@ fn check_logits(model: &Model, program: &Program, sequences: &[Vec<u32>], want: 
 }
 
 fn prompts() -> Vec<Vec<u32>> {
-    let mut random = Random(1);
     // The longest goes beyond two rounds of positions, so that three splits have some each.
-    [7, 1, 70, 2, 33, 16, 5, 1]
-        .map(|length| random.tokens(length, SIZES.vocab))
-        .to_vec()
+    mirage_testing::prompts(&[7, 1, 70, 2, 33, 16, 5, 1], SIZES.vocab)
 }
 
 #[test]
@@ -158,10 +131,9 @@ fn greedy_tokens_match_the_reference() {
         let whole: Vec<u32> = prompt.iter().chain(&generated.tokens).copied().collect();
         let want = reference(&model, &whole);
         for (logits, token) in want[prompt.len() - 1..].iter().zip(generated.tokens) {
-            let best = logits.iter().copied().fold(f32::MIN, f32::max);
-            let behind = best - logits[token as usize];
+            let behind = behind(logits, token);
             assert!(
-                behind <= 2.0 * BOUND * rms(logits),
+                behind <= 2.0 * BOUND,
                 "token {token} is {behind} behind the best"
             );
             margins += usize::from(behind == 0.0);
@@ -305,10 +277,11 @@ fn cancelling_ends_all_sequences() {
 fn wrong_programs_are_found_out() {
     let model = qwen3(SIZES);
     let right = planned(&model, &cpu_target(1, 32));
+    let checkpoint = Checkpoint::open(&model).unwrap();
     let check = |wrong: &dyn Fn(&mut Program), expect: &str| {
         let mut program = right.clone();
         wrong(&mut program);
-        let weights = HostWeights::pack(&right, &model.checkpoint).unwrap();
+        let weights = HostWeights::pack(&right, &checkpoint).unwrap();
         let mut cpu = CpuModel::new(program, weights).unwrap();
         let error = cpu.score(&[vec![1]]).unwrap_err().to_string();
         assert!(error.contains(expect), "{error}");
@@ -342,8 +315,8 @@ fn wrong_programs_are_found_out() {
 #[test]
 fn weights_of_another_program_are_refused() {
     let model = qwen3(SIZES);
-    let weights =
-        HostWeights::pack(&planned(&model, &cpu_target(1, 32)), &model.checkpoint).unwrap();
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    let weights = HostWeights::pack(&planned(&model, &cpu_target(1, 32)), &checkpoint).unwrap();
     let Err(error) = CpuModel::new(planned(&model, &cpu_target(1, 64)), weights) else {
         panic!("accepted");
     };

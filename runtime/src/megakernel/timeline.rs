@@ -188,9 +188,9 @@ impl fmt::Display for Timeline {
 mod tests {
     use mirage_compiler::arch::GpuModel;
     use mirage_compiler::plan::{Plan, Target};
+    use mirage_testing::{Sizes, qwen3};
 
     use super::*;
-    use crate::testing::{Sizes, qwen3};
 
     #[test]
     fn marks_are_those_of_the_device() {

@@ -266,8 +266,9 @@ fn bytes(elements: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use mirage_testing::{Sizes, planned, qwen3, target};
+
     use super::*;
-    use crate::testing::{Sizes, planned, qwen3, target};
 
     #[test]
     fn parameters_have_the_size_of_their_twin() {

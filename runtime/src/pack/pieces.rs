@@ -130,10 +130,11 @@ fn runs(blocks: &[Block], rows: Share) -> Vec<Run> {
 
 #[cfg(test)]
 mod tests {
+    use mirage_testing::{Choice, Model, SIZES, Sizes, llama3, planned, qwen3, target};
+
     use super::*;
-    use crate::pack::tests::SIZES;
+    use crate::checkpoint::Checkpoint;
     use crate::pack::{HostWeights, Packer};
-    use crate::testing::{Choice, Model, Sizes, llama3, planned, qwen3, target};
 
     /// What `mirage_repack` does with a piece, lane by lane, in its own arithmetic. `rows` are the piece's, as pairs of
     /// columns.
@@ -157,8 +158,9 @@ mod tests {
 
     /// Pieces, repacked one by one, are the streams; every 16 bytes are written once.
     fn check(model: &Model, program: &Program, limit: usize) {
-        let packer = Packer::new(program, &model.checkpoint).unwrap();
-        let want = HostWeights::pack(program, &model.checkpoint).unwrap();
+        let checkpoint = Checkpoint::open(model).unwrap();
+        let packer = Packer::new(program, &checkpoint).unwrap();
+        let want = HostWeights::pack(program, &checkpoint).unwrap();
         let mut weights = vec![0xee; want.streams.len()];
         let mut written = vec![0; weights.len() / 16];
         for piece in pieces(program, limit) {

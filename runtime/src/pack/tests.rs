@@ -3,24 +3,14 @@
 use std::collections::BTreeMap;
 
 use mirage_compiler::program::Tile;
+use mirage_testing::{Choice, Model, SIZES, Sizes, llama3, planned, qwen3, target};
 
 use super::*;
-use crate::testing::{Choice, Model, Sizes, llama3, planned, qwen3, target};
-
-/// Neither the heads nor the ffn nor the vocabulary divide evenly.
-pub(super) const SIZES: Sizes = Sizes {
-    layers: 2,
-    hidden: 80,
-    ffn: 112,
-    heads: 6,
-    kv_heads: 2,
-    vocab: 75,
-    tied: true,
-};
 
 /// Takes the streams apart by [`Program::for_each_tile`] and compares with the checkpoint.
 fn check(model: &Model, program: &Program) {
-    let weights = HostWeights::pack(program, &model.checkpoint).unwrap();
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let weights = HostWeights::pack(program, &checkpoint).unwrap();
     let mut left: BTreeMap<(String, usize, usize), bf16> = BTreeMap::new();
     for weight in &program.weights {
         let [rows, columns] = weight.shape[..] else {
@@ -32,7 +22,7 @@ fn check(model: &Model, program: &Program) {
             1
         } {
             let name = weight.name.replace(LAYER, &layer.to_string());
-            let tensor = model.checkpoint.tensor(&name).unwrap();
+            let tensor = checkpoint.tensor(&name).unwrap();
             let mut values = vec![bf16::ZERO; columns];
             for row in 0..rows {
                 tensor.read_bf16(row, 0, &mut values).unwrap();
@@ -82,7 +72,7 @@ fn check(model: &Model, program: &Program) {
     );
     let rows = program.vocab * program.hidden;
     assert_eq!(weights.embedding.len(), rows);
-    let tensor = model.checkpoint.tensor(table).unwrap();
+    let tensor = checkpoint.tensor(table).unwrap();
     let bytes: Vec<u8> = weights
         .embedding
         .iter()
@@ -112,13 +102,14 @@ fn every_element_is_packed_once() {
 fn norms_lie_where_the_program_says() {
     let model = qwen3(SIZES);
     let program = planned(&model, &target(4, 1, 64));
+    let checkpoint = Checkpoint::open(&model).unwrap();
     let mut norms = vec![bf16::ONE; program.norms.len];
-    Packer::new(&program, &model.checkpoint)
+    Packer::new(&program, &checkpoint)
         .unwrap()
         .pack_norms(&mut norms)
         .unwrap();
     let check = |name: &str, at: usize| {
-        let tensor = model.checkpoint.tensor(name).unwrap();
+        let tensor = checkpoint.tensor(name).unwrap();
         let mut want = vec![bf16::ZERO; tensor.columns()];
         tensor.read_bf16(0, 0, &mut want).unwrap();
         assert_eq!(norms[at..at + want.len()], want, "{name}");
@@ -152,13 +143,13 @@ fn angles_are_exact() {
 fn other_formats_are_rounded() {
     let model = qwen3(SIZES);
     let program = planned(&model, &target(4, 1, 64));
+    let checkpoint = Checkpoint::open(&model).unwrap();
     let dir = tempfile::tempdir().unwrap();
     // The same numbers in f32: bf16 to f32 and back changes nothing.
-    let tensors: Vec<_> = model
-        .checkpoint
+    let tensors: Vec<_> = checkpoint
         .names()
         .map(|name| {
-            let tensor = model.checkpoint.tensor(name).unwrap();
+            let tensor = checkpoint.tensor(name).unwrap();
             let widen = |b: &[u8; 2]| bf16::from_le_bytes(*b).to_f32().to_le_bytes();
             let bytes: Vec<u8> = tensor
                 .bytes()
@@ -180,7 +171,7 @@ fn other_formats_are_rounded() {
     let wide = Checkpoint::open(dir.path()).unwrap();
     assert_eq!(
         HostWeights::pack(&program, &wide).unwrap(),
-        HostWeights::pack(&program, &model.checkpoint).unwrap()
+        HostWeights::pack(&program, &checkpoint).unwrap()
     );
 }
 
@@ -193,19 +184,20 @@ fn bad_input_is_named() {
         ..SIZES
     });
     let program = planned(&model, &target(4, 1, 64));
-    let check = |program: &Program, checkpoint: &Checkpoint, expect: &str| {
-        let error = HostWeights::pack(program, checkpoint)
+    let check = |program: &Program, model: &Model, expect: &str| {
+        let error = HostWeights::pack(program, &Checkpoint::open(model).unwrap())
             .unwrap_err()
             .to_string();
         assert!(error.contains(expect), "{error}");
     };
-    check(&program, &wider.checkpoint, "mlp");
+    check(&program, &wider, "mlp");
     check(
         &planned(&untied, &target(4, 1, 64)),
-        &model.checkpoint,
+        &model,
         "lm_head.weight",
     );
-    let packer = Packer::new(&program, &model.checkpoint).unwrap();
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    let packer = Packer::new(&program, &checkpoint).unwrap();
     let error = packer
         .pack_stream(0, &mut [0; 512])
         .unwrap_err()

@@ -12,22 +12,11 @@ use mirage_compiler::nvrtc::{Options, Source};
 use mirage_compiler::plan::Target;
 use mirage_compiler::program::Program;
 use mirage_compiler::typed::ModelConfig;
+use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::cpu::CpuModel;
 use mirage_runtime::gpu::Gpu;
 use mirage_runtime::megakernel::{Megakernel, MegakernelError};
-
-use crate::common::testing::{Choice, LLAMA3, Model, QWEN3, Sizes};
-
-/// Nothing divides evenly: 5 tiles of the stream, 7 of the ffn, 75 tokens, three query heads to a KV head.
-pub(crate) const SIZES: Sizes = Sizes {
-    layers: 2,
-    hidden: 80,
-    ffn: 112,
-    heads: 6,
-    kv_heads: 2,
-    vocab: 75,
-    tied: true,
-};
+use mirage_testing::{Choice, Model};
 
 /// The GPU, for one test at a time: a kernel takes all of it.
 pub(crate) struct Turn {
@@ -73,18 +62,14 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// As users get it, through the driver.
     pub(crate) fn planned(model: &Model, batch: usize, max_seq: usize) -> Kernel {
-        let config = model.checkpoint.dir().join("config.json");
+        let config = model.as_ref().join("config.json");
         let config = ModelConfig::parse(&read_to_string(config).unwrap(), "config.json").unwrap();
-        let graph = match model.checkpoint.config()["model_type"].as_str() {
-            Some("llama") => LLAMA3,
-            _ => QWEN3,
-        };
         let target = Target {
             gpu: gpu_model(),
             batch,
             max_seq,
         };
-        let compilation = driver::compile(graph, "graph.ron", &config, &target)
+        let compilation = driver::compile(model.graph, "graph.ron", &config, &target)
             .unwrap_or_else(|error| panic!("{error}"));
         let build = compilation.build().unwrap_or_else(|e| panic!("{e}"));
         Kernel {
@@ -137,7 +122,7 @@ impl Kernel {
             &turn.gpu,
             self.program.clone(),
             &self.cubin,
-            &model.checkpoint,
+            &Checkpoint::open(model).unwrap(),
             &mut |done, total| {
                 assert!(sent.0 <= done && done <= total);
                 sent = (done, total);
@@ -155,6 +140,6 @@ impl Kernel {
 
     /// The same program on the CPU.
     pub(crate) fn load_cpu(&self, model: &Model) -> CpuModel {
-        CpuModel::load(self.program.clone(), &model.checkpoint).unwrap()
+        CpuModel::load(self.program.clone(), &Checkpoint::open(model).unwrap()).unwrap()
     }
 }

@@ -8,10 +8,9 @@ use mirage_runtime::generate::{
     CancelHandle, Event, Executor, FinishReason, GenerateRequest, Generated,
 };
 use mirage_runtime::megakernel::Megakernel;
+use mirage_testing::{Model, SIZES, prompts, qwen3};
 
-use crate::common::prompts;
-use crate::common::testing::qwen3;
-use crate::device::{Kernel, SIZES, turn};
+use crate::device::{Kernel, turn};
 
 const VOCAB: usize = SIZES.vocab;
 
@@ -102,7 +101,7 @@ fn sequences_end_for_the_right_reason() {
 }
 
 /// A model with a long context, and a request that takes all of it.
-fn long() -> (crate::common::testing::Model, Kernel, GenerateRequest) {
+fn long() -> (Model, Kernel, GenerateRequest) {
     let model = qwen3(SIZES);
     let kernel = Kernel::planned(&model, 2, LONG);
     (model, kernel, GenerateRequest::greedy(vec![5, 6, 7], LONG))

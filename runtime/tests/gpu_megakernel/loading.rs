@@ -1,16 +1,17 @@
 //! Weights on the device are, byte for byte, those that the CPU packs.
 
+use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::megakernel::{Megakernel, Staging};
 use mirage_runtime::pack::HostWeights;
+use mirage_testing::{Choice, Model, SIZES, Sizes, llama3, qwen3, tiny};
 
-use crate::common::testing::{Choice, Model, Sizes, llama3, qwen3};
-use crate::common::tiny;
-use crate::device::{Kernel, SIZES, turn};
+use crate::device::{Kernel, turn};
 
 /// Loads through each of the staging memories, and follows the progress.
 #[track_caller]
 fn check(model: &Model, kernel: &Kernel, stagings: &[Staging]) {
-    let want = HostWeights::pack(&kernel.program, &model.checkpoint).unwrap();
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let want = HostWeights::pack(&kernel.program, &checkpoint).unwrap();
     let bytes = (want.streams.len() + want.embedding.len() * 2) as u64;
     let turn = turn();
     for &staging in stagings {
@@ -19,7 +20,7 @@ fn check(model: &Model, kernel: &Kernel, stagings: &[Staging]) {
             &turn.gpu,
             kernel.program.clone(),
             &kernel.cubin,
-            &model.checkpoint,
+            &checkpoint,
             staging,
             &mut |arrived, total| {
                 assert_eq!(total, bytes);

@@ -3,8 +3,6 @@
 //!
 //! Needs NVRTC beside the GPU (`MIRAGE_NVRTC`, or where `mirage_compiler::nvrtc` looks).
 
-#[path = "../common/mod.rs"]
-mod common;
 mod device;
 mod endings;
 mod loading;
@@ -12,5 +10,5 @@ mod numerics;
 mod refusals;
 mod sameness;
 mod tiny;
-
-use mirage_runtime::checkpoint;
+#[path = "../transformers/mod.rs"]
+mod transformers;

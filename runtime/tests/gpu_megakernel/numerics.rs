@@ -2,14 +2,13 @@
 //! another order, so some values round to the other side.
 
 use mirage_runtime::generate::{Executor, GenerateRequest};
+use mirage_testing::{
+    BOUND, Choice, MEAN_BOUND, Model, SIZES, Sizes, behind, error, llama3, prompts, qwen3,
+};
 use rayon::prelude::*;
 
-use crate::common::testing::{Choice, Model, Sizes, llama3, qwen3};
-use crate::common::{BOUND, behind, error, prompts};
-use crate::device::{Kernel, SIZES, turn};
+use crate::device::{Kernel, turn};
 
-/// The mean over positions of a logit's largest error there.
-const MEAN_BOUND: f32 = 0.035;
 const MAX_SEQ: usize = 104;
 const NEW: usize = 24;
 

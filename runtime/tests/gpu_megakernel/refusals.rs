@@ -1,13 +1,13 @@
 //! What is refused, with an error that says what to do, and that a refusal changes nothing.
 
+use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::generate::{Executor, GenerateRequest};
 use mirage_runtime::gpu::GpuError;
-use mirage_runtime::megakernel::MegakernelError;
+use mirage_runtime::megakernel::{Megakernel, MegakernelError};
 use mirage_runtime::sampler::SamplingParams;
+use mirage_testing::{CASES, SIZES, Sizes, damaged, qwen3};
 
-use crate::common::damaged;
-use crate::common::testing::{Sizes, qwen3};
-use crate::device::{Kernel, SIZES, gpu_model, turn};
+use crate::device::{Kernel, gpu_model, turn};
 
 #[test]
 fn requests_beyond_the_limits_are_refused() {
@@ -111,13 +111,13 @@ fn damaged_weights_are_refused() {
     let model = qwen3(SIZES);
     let kernel = Kernel::planned(&model, 1, 16);
     let turn = turn();
-    for (damage, expect) in damaged::CASES {
-        let checkpoint = damaged::Damaged::new(&model, damage);
-        let load = mirage_runtime::megakernel::Megakernel::load(
+    for (damage, expect) in CASES {
+        let checkpoint = Checkpoint::open(damaged(&model, damage)).unwrap();
+        let load = Megakernel::load(
             &turn.gpu,
             kernel.program.clone(),
             &kernel.cubin,
-            &checkpoint.open().unwrap(),
+            &checkpoint,
             &mut |_, _| (),
         );
         let Err(error) = load else {

@@ -9,10 +9,9 @@ use mirage_compiler::plan::StreamForm;
 use mirage_runtime::generate::{Executor, GenerateRequest};
 use mirage_runtime::megakernel::{Form, Megakernel};
 use mirage_runtime::sampler::SamplingParams;
+use mirage_testing::{Choice, SIZES, prompts, qwen3, tiny};
 
-use crate::common::testing::{Choice, qwen3};
-use crate::common::{prompts, tiny};
-use crate::device::{Kernel, SIZES, turn};
+use crate::device::{Kernel, turn};
 
 const LENGTHS: [usize; 16] = [7, 1, 70, 2, 33, 16, 5, 1, 40, 3, 9, 12, 64, 65, 17, 80];
 

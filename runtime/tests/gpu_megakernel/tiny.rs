@@ -1,10 +1,10 @@
 //! The tiny model end to end on the GPU, against transformers and the CPU.
 
 use mirage_runtime::generate::Executor;
+use mirage_testing::{BOUND, Expected, error, expected, tiny};
 
-use crate::common::expected::{Expected, check_greedy, check_logits, expected};
-use crate::common::{BOUND, error, tiny};
 use crate::device::{Kernel, turn};
+use crate::transformers::{check_greedy, check_logits};
 
 #[test]
 fn logits_and_texts_are_those_of_transformers() {

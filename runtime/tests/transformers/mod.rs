@@ -1,70 +1,13 @@
-//! `models/tiny/expected.json`: what transformers makes of the tiny model in f32, and the rule by which an executor agrees
-//! with it (`oracle/README.md`). The yardstick is transformers' own bf16 noise at each position.
-
-use std::path::PathBuf;
+//! The rule by which an executor agrees with transformers on the tiny model (`oracle/README.md`). The yardstick is
+//! transformers' own bf16 noise at each position.
 
 use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::generate::{Executor, FinishReason, GenerateRequest};
 use mirage_runtime::tokenizer::{Tokenizer, stop_tokens};
-use serde::Deserialize;
+use mirage_testing::{Expected, tiny_dir};
 
 /// How much worse than bf16 one position may be. Its noise there is a small sample.
 const POSITION_TOLERANCE: f32 = 3.0;
-
-/// One prompt with n tokens and its continuation of g tokens.
-#[derive(Deserialize)]
-pub(crate) struct Expected {
-    pub(crate) name: String,
-    pub(crate) text: String,
-    pub(crate) ids: Vec<u32>,
-    pub(crate) greedy: Vec<u32>,
-    pub(crate) greedy_text: String,
-    /// The likeliest token at each of the n + g positions, and so on.
-    pub(crate) argmax: Vec<u32>,
-    pub(crate) max_logit: Vec<f32>,
-    pub(crate) margin: Vec<f32>,
-    pub(crate) bf16_noise: Vec<f32>,
-    /// Of the logits after the prompt: the highest, or all.
-    top_ids: Vec<u32>,
-    top_logits: Vec<f32>,
-    #[serde(default)]
-    logits: Vec<f32>,
-}
-
-impl Expected {
-    /// Prompt and continuation.
-    pub(crate) fn whole(&self) -> Vec<u32> {
-        self.ids.iter().chain(&self.greedy).copied().collect()
-    }
-
-    /// Whether every logit within the noise leaves the same token the likeliest.
-    pub(crate) fn is_decided(&self, position: usize) -> bool {
-        self.margin[position] > 2.0 * self.bf16_noise[position]
-    }
-
-    /// The logits after the prompt that are known, with their tokens.
-    pub(crate) fn known(&self) -> impl Iterator<Item = (u32, f32)> {
-        let top = self.top_ids.iter().copied().zip(self.top_logits.clone());
-        top.chain((0..).zip(self.logits.clone()))
-    }
-}
-
-/// The tiny model's folder.
-pub(crate) fn dir() -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny"))
-}
-
-/// All prompts; the last one is long.
-pub(crate) fn expected() -> Vec<Expected> {
-    #[derive(Deserialize)]
-    struct File {
-        prompts: Vec<Expected>,
-    }
-    let text = std::fs::read_to_string(dir().join("expected.json")).unwrap();
-    let file: File = serde_json::from_str(&text).unwrap();
-    assert!(file.prompts.len() > 4);
-    file.prompts
-}
 
 /// Logits of `executor` at every position of prompt and continuation against the rule.
 pub(crate) fn check_logits(executor: &mut dyn Executor, expected: &[Expected]) {
@@ -127,9 +70,9 @@ fn argmax(logits: &[f32]) -> u32 {
 
 /// Greedy continuations of `executor`, from text to text, against the rule.
 pub(crate) fn check_greedy(executor: &mut dyn Executor, expected: &[Expected]) {
-    let tokenizer = Tokenizer::open(dir()).unwrap();
-    let checkpoint = Checkpoint::open(dir()).unwrap();
-    let stop = stop_tokens(dir(), checkpoint.config()).unwrap();
+    let tokenizer = Tokenizer::open(tiny_dir()).unwrap();
+    let checkpoint = Checkpoint::open(tiny_dir()).unwrap();
+    let stop = stop_tokens(tiny_dir(), checkpoint.config()).unwrap();
     let mut whole = 0;
     for batch in expected.chunks(executor.limits().batch) {
         let requests: Vec<GenerateRequest> = batch

@@ -1,0 +1,39 @@
+//! Numbers that are the same every time.
+
+/// Numbers of a seed (SplitMix64).
+pub struct Random(u64);
+
+impl Random {
+    /// The numbers of this seed.
+    pub fn new(seed: u64) -> Random {
+        Random(seed)
+    }
+
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// A number from -1 to 1.
+    pub(crate) fn number(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    /// So many tokens of a vocabulary.
+    pub fn tokens(&mut self, count: usize, vocab: usize) -> Vec<u32> {
+        (0..count)
+            .map(|_| (self.bits() % vocab as u64) as u32)
+            .collect()
+    }
+}
+
+/// Prompts of these lengths.
+pub fn prompts(lengths: &[usize], vocab: usize) -> Vec<Vec<u32>> {
+    let mut random = Random::new(1);
+    lengths
+        .iter()
+        .map(|&length| random.tokens(length, vocab))
+        .collect()
+}
