@@ -53,8 +53,8 @@ pub enum PackError {
 const ROW_BYTES: usize = TILE * 2;
 /// Pairs of elements in a row of a tile; a pair is neighbours in the packed tile too.
 const ROW_PAIRS: usize = TILE / 2;
-/// Elements that a thread reads in one go, at least: enough that handing out the work costs nothing beside them.
-const READ_AT_ONCE: usize = 64 << 10;
+/// Rows of the embedding table that a thread packs in one go: enough that handing out the work costs nothing beside them.
+const TABLE_ROWS: usize = 64;
 
 /// A checkpoint's tensors as a program names them, found and of the right shape.
 #[derive(Debug)]
@@ -180,7 +180,7 @@ impl<'a> Packer<'a> {
     }
 
     /// Reads the packed rows of some row tiles of a linear (`None` for the head) in all their columns, `[rows, columns]`, rows
-    /// of padding zero. In parallel.
+    /// of padding zero. Runs on the calling thread.
     ///
     /// # Errors
     /// [`PackError::Buffer`] for a buffer of another length.
@@ -194,19 +194,16 @@ impl<'a> Packer<'a> {
         let linear = self.program.linear(linear);
         let columns = linear.columns;
         expect_length("rows of a weight", tiles.count * TILE * columns, out.len())?;
-        out.par_chunks_mut(columns.max(1))
-            .with_min_len(READ_AT_ONCE.div_ceil(columns.max(1)))
-            .zip(rows_of(tiles))
-            .try_for_each(|(out, row)| match linear.source_row(row) {
+        for (out, row) in out.chunks_exact_mut(columns.max(1)).zip(rows_of(tiles)) {
+            match linear.source_row(row) {
                 Some(element) => {
                     let tensor = self.tensor(element.weight, layer)?;
-                    Ok(tensor.read_bf16(element.row, 0, out)?)
+                    tensor.read_bf16(element.row, 0, out)?;
                 }
-                None => {
-                    out.fill(bf16::ZERO);
-                    Ok(())
-                }
-            })
+                None => out.fill(bf16::ZERO),
+            }
+        }
+        Ok(())
     }
 
     fn tensor(&self, weight: WeightId, layer: usize) -> Result<&Tensor<'a>, PackError> {
@@ -218,7 +215,8 @@ impl<'a> Packer<'a> {
             })
     }
 
-    /// Packs rows of the embedding table from `first` on, `[rows, hidden]`; `out` holds whole rows. In parallel.
+    /// Packs rows of the embedding table from `first` on, `[rows, hidden]`; `out` holds whole rows. Runs on the calling
+    /// thread.
     ///
     /// # Errors
     /// [`PackError::Buffer`] for a buffer that is no multiple of a row or goes beyond the table.
@@ -233,10 +231,9 @@ impl<'a> Packer<'a> {
             });
         }
         let tensor = self.tensor(self.program.embedding, 0)?;
-        out.par_chunks_mut(hidden.max(1))
-            .with_min_len(READ_AT_ONCE.div_ceil(hidden.max(1)))
-            .enumerate()
-            .try_for_each(|(row, out)| tensor.read_bf16(first + row, 0, out))?;
+        for (row, out) in (first..).zip(out.chunks_exact_mut(hidden.max(1))) {
+            tensor.read_bf16(row, 0, out)?;
+        }
         Ok(())
     }
 
@@ -352,7 +349,10 @@ impl HostWeights {
             .enumerate()
             .try_for_each(|(cta, slice)| packer.pack_stream(cta, slice))?;
         let mut embedding = vec![bf16::ZERO; program.vocab * program.hidden];
-        packer.pack_embedding(0, &mut embedding)?;
+        embedding
+            .par_chunks_mut((TABLE_ROWS * program.hidden).max(1))
+            .enumerate()
+            .try_for_each(|(part, rows)| packer.pack_embedding(part * TABLE_ROWS, rows))?;
         let mut norms = vec![bf16::ZERO; program.norms.len];
         packer.pack_norms(&mut norms)?;
         Ok(HostWeights {

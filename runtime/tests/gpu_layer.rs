@@ -186,9 +186,10 @@ fn staging_memory_is_filled_again_only_after_its_copy() {
     assert!(host.is_page_locked());
     let mut device = DeviceBuffer::<u32>::zeroed(&gpu, 8 * LENGTH).unwrap();
     for turn in 0..8u32 {
-        host.wait().unwrap().fill(turn + 1);
+        let mut idle = host.wait().unwrap();
+        idle.fill(turn + 1);
         let start = turn as usize * LENGTH;
-        host.send(&stream, LENGTH, &mut device, start).unwrap();
+        idle.send(&stream, LENGTH, &mut device, start).unwrap();
     }
     drop(host);
     let values = device.to_vec(&stream).unwrap();
@@ -201,8 +202,12 @@ fn staging_memory_is_filled_again_only_after_its_copy() {
 
     let mut small = StagingBuffer::<u32>::zeroed(&gpu, 4).unwrap();
     let range = |start, end, length| Err(GpuError::Range { start, end, length });
-    assert_eq!(small.send(&stream, 5, &mut device, 0), range(0, 5, 4));
-    assert_eq!(small.send(&stream, 4, &mut copy, 6), range(6, 10, 8));
+    let mut send = |length, to: &mut _, start| {
+        let idle = small.wait().unwrap();
+        idle.send(&stream, length, to, start)
+    };
+    assert_eq!(send(5, &mut device, 0), range(0, 5, 4));
+    assert_eq!(send(4, &mut copy, 6), range(6, 10, 8));
     assert_eq!(copy.enqueue_copy_of(&stream, 7, &device, 2), range(7, 9, 8));
     let short = DeviceBuffer::<u32>::zeroed(&gpu, 1).unwrap();
     assert_eq!(copy.enqueue_copy_of(&stream, 0, &short, 2), range(0, 2, 1));

@@ -87,7 +87,7 @@ fn bus_rate(gpu: &Gpu) -> Result<f64, Box<dyn Error>> {
     let mut best = f32::INFINITY;
     for _ in 0..10 {
         begin.record(&stream)?;
-        host.send(&stream, COPY, &mut device, 0)?;
+        host.wait()?.send(&stream, COPY, &mut device, 0)?;
         end.record(&stream)?;
         best = best.min(end.milliseconds_since(&begin)?);
     }

@@ -13,7 +13,7 @@
 //! executor; all others need a GPU. `steps` prints the median time of a
 //! decode step at a position over five runs, greedy and sampled; `timeline` what each part of a step takes. `tokens` makes one generation of a full batch of prompts
 //! of mixed lengths and checks that it repeats, alone and together: one launch each, for a profiler or a sanitizer. `load`
-//! measures loading the weights from files in the page cache, through so many staging buffers of so many megabytes.
+//! measures loading the weights from files in the page cache, through so many staging buffers of so many megabytes, a thread each.
 
 mod load;
 

@@ -28,7 +28,7 @@ use mirage_compiler::arch::{DeviceFacts, GpuModel, UnsupportedDevice};
 pub use error::GpuError;
 pub use memory::{DeviceBuffer, MappedBuffer};
 pub use module::{Function, FunctionAttributes, LaunchConfig, Module};
-pub use staging::StagingBuffer;
+pub use staging::{Idle, StagingBuffer};
 pub use stream::{CapturedGraph, Event, Stream};
 
 pub(crate) use error::check;

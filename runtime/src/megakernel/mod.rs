@@ -143,17 +143,9 @@ impl Megakernel {
         let mut embedding = DeviceBuffer::zeroed(gpu, program.vocab * program.hidden)?;
         let exchange = DeviceBuffer::zeroed(gpu, program.exchange.words * WORD_BYTES / 4)?;
         let logits = DeviceBuffer::zeroed(gpu, program.slots * program.vocab)?;
-        let upload = Upload::new(
-            gpu,
-            &packer,
-            &repack,
-            staging,
-            &mut weights,
-            &mut embedding,
-            progress,
-        )?;
+        let upload = Upload::new(gpu, &packer, &repack, staging, &mut weights, &mut embedding);
         let prepare = begin.elapsed();
-        let uploaded = upload.run()?;
+        let uploaded = upload.run(progress)?;
         let mut norms = vec![bf16::ZERO; program.norms.len];
         packer.pack_norms(&mut norms)?;
         let mut model = Megakernel {

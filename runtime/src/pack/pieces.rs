@@ -8,7 +8,7 @@
 use bytemuck::{Pod, Zeroable};
 use half::bf16;
 use mirage_compiler::mesh::Share;
-use mirage_compiler::program::{Block, Linear, Program, TILE};
+use mirage_compiler::program::{Block, Program, TILE};
 
 /// Tiles of one row tile that lie in one CTA's stream, at equal distances. The twin of `RepackRun` in
 /// `compiler/device/repack.cuh`.
@@ -41,91 +41,104 @@ pub struct Piece {
     pub rows: Share,
     /// Elements of its rows; in a staging buffer the runs lie behind them.
     pub elements: usize,
-    /// Where its tiles go; every tile is in one of them.
-    pub runs: Vec<Run>,
+    /// How many runs it has.
+    pub runs: usize,
 }
 
 impl Piece {
     /// Elements that it takes in a staging buffer, its runs included.
     pub fn staged_elements(&self) -> usize {
-        self.elements + self.runs.len() * RUN_ELEMENTS
+        self.elements + self.runs * RUN_ELEMENTS
     }
 }
 
-/// Cuts all weights of the streams, in the order of layers, the head last, into pieces that take at most `limit` elements
-/// of a staging buffer; a row tile is never cut, even where it takes more.
-pub fn pieces(program: &Program, limit: usize) -> Vec<Piece> {
-    let linears = program.linears.len();
-    // By layer and linear, the head's behind them; offsets are of the weights array here.
-    let mut blocks = vec![Vec::new(); program.layers * linears + 1];
-    for (cta, offset) in (0..program.mesh.ctas).zip(program.stream_offsets()) {
-        for block in program.blocks(cta) {
-            let index = block.linear.map_or(program.layers * linears, |linear| {
-                block.layer * linears + linear
-            });
-            blocks[index].push(Block {
-                at: offset as usize + block.at,
-                ..block
-            });
-        }
-    }
-    let mut pieces = Vec::new();
-    for blocks in &blocks {
-        let Some(&Block { linear, layer, .. }) = blocks.first() else {
-            continue;
-        };
-        let of = program.linear(linear);
-        pieces.extend(cut(of, blocks, limit).into_iter().map(|rows| Piece {
-            linear,
-            layer,
-            rows,
-            elements: rows.count * TILE * of.columns,
-            runs: runs(blocks, rows),
-        }));
-    }
-    pieces
+/// All weights of the streams in pieces.
+pub struct Pieces<'a> {
+    program: &'a Program,
+    /// By layer and linear, the head's behind them; their offsets are of the weights array.
+    blocks: Vec<Vec<Block>>,
 }
 
-/// The row tiles of each piece of a linear.
-fn cut(linear: &Linear, blocks: &[Block], limit: usize) -> Vec<Share> {
-    let mut sizes = vec![TILE * linear.columns; linear.rows() / TILE];
-    for block in blocks {
-        for row in block.rows.indices() {
-            sizes[row] += RUN_ELEMENTS;
-        }
-    }
-    let mut shares: Vec<Share> = Vec::new();
-    let mut filled = 0;
-    for (row, size) in sizes.into_iter().enumerate() {
-        match shares.last_mut() {
-            Some(share) if filled + size <= limit => share.count += 1,
-            _ => {
-                filled = 0;
-                shares.push(Share {
-                    begin: row,
-                    count: 1,
+impl<'a> Pieces<'a> {
+    /// Finds the places of a program's tiles.
+    pub fn new(program: &'a Program) -> Pieces<'a> {
+        let mut blocks = vec![Vec::new(); program.layers * program.linears.len() + 1];
+        for (cta, offset) in (0..program.mesh.ctas).zip(program.stream_offsets()) {
+            for block in program.blocks(cta) {
+                blocks[index(program, block.linear, block.layer)].push(Block {
+                    at: offset as usize + block.at,
+                    ..block
                 });
             }
         }
-        filled += size;
+        Pieces { program, blocks }
     }
-    shares
+
+    /// Cuts the weights, in the order of layers, the head last, into pieces that take at most `limit` elements of a staging
+    /// buffer; a row tile is never cut, even where it takes more.
+    pub fn cut(&self, limit: usize) -> Vec<Piece> {
+        let mut pieces: Vec<Piece> = Vec::new();
+        for blocks in &self.blocks {
+            let Some(&Block { linear, layer, .. }) = blocks.first() else {
+                continue;
+            };
+            let of = self.program.linear(linear);
+            let elements = TILE * of.columns;
+            // Of each row tile.
+            let mut runs = vec![0; of.rows() / TILE];
+            for row in blocks.iter().flat_map(|block| block.rows.indices()) {
+                runs[row] += 1;
+            }
+            let first = pieces.len();
+            for (row, runs) in runs.into_iter().enumerate() {
+                match pieces[first..].last_mut() {
+                    Some(piece)
+                        if piece.staged_elements() + elements + runs * RUN_ELEMENTS <= limit =>
+                    {
+                        piece.rows.count += 1;
+                        piece.elements += elements;
+                        piece.runs += runs;
+                    }
+                    _ => pieces.push(Piece {
+                        linear,
+                        layer,
+                        rows: Share {
+                            begin: row,
+                            count: 1,
+                        },
+                        elements,
+                        runs,
+                    }),
+                }
+            }
+        }
+        pieces
+    }
+
+    /// Where a piece's tiles go; every tile is in one of its runs. What a GPU addresses fits the fields: 32 bits count tiles
+    /// of 512 bytes, and the distance of two column tiles is less than a CTA's part of one linear.
+    pub fn runs(&self, piece: &Piece) -> impl Iterator<Item = Run> {
+        let rows = piece.rows;
+        let of_block = move |block: &Block| {
+            let block = *block;
+            block.rows.overlap(&rows).indices().map(move |row| Run {
+                at: block.row_at(row) as u64,
+                stride: block.column_bytes() as u32,
+                row: (row - rows.begin) as u32,
+                k: block.k.begin as u32,
+                count: block.k.count as u32,
+            })
+        };
+        self.blocks[index(self.program, piece.linear, piece.layer)]
+            .iter()
+            .flat_map(of_block)
+    }
 }
 
-/// The runs of some row tiles. What a GPU addresses fits the fields: 32 bits count tiles of 512 bytes, and the distance
-/// of two column tiles is less than a CTA's part of one linear.
-fn runs(blocks: &[Block], rows: Share) -> Vec<Run> {
-    let of_block = |block: &Block| {
-        let block = *block;
-        block.rows.overlap(&rows).indices().map(move |row| Run {
-            at: block.row_at(row) as u64,
-            stride: block.column_bytes() as u32,
-            row: (row - rows.begin) as u32,
-            k: block.k.begin as u32,
-            count: block.k.count as u32,
-        })
-    };
-    blocks.iter().flat_map(of_block).collect()
+/// Where the blocks of a linear are in [`Pieces`].
+fn index(program: &Program, linear: Option<usize>, layer: usize) -> usize {
+    let linears = program.linears.len();
+    linear.map_or(program.layers * linears, |linear| layer * linears + linear)
 }
 
 #[cfg(test)]
@@ -138,9 +151,9 @@ mod tests {
 
     /// What `mirage_repack` does with a piece, lane by lane, in its own arithmetic. `rows` are the piece's, as pairs of
     /// columns.
-    fn repack(piece: &Piece, rows: &[u32], columns: usize, weights: &mut [u8], written: &mut [u8]) {
+    fn repack(runs: &[Run], rows: &[u32], columns: usize, weights: &mut [u8], written: &mut [u8]) {
         let pairs = columns / 2;
-        for run in &piece.runs {
+        for run in runs {
             for i in 0..run.count as usize {
                 for lane in 0..32 {
                     let top = (run.row as usize * 16 + lane / 4) * pairs
@@ -163,9 +176,12 @@ mod tests {
         let want = HostWeights::pack(program, &checkpoint).unwrap();
         let mut weights = vec![0xee; want.streams.len()];
         let mut written = vec![0; weights.len() / 16];
-        for piece in pieces(program, limit) {
+        let pieces = Pieces::new(program);
+        for piece in pieces.cut(limit) {
             let of = program.linear(piece.linear);
-            let tile_row = TILE * of.columns + piece.runs.len() / piece.rows.count * RUN_ELEMENTS;
+            let runs: Vec<Run> = pieces.runs(&piece).collect();
+            assert_eq!(runs.len(), piece.runs);
+            let tile_row = TILE * of.columns + piece.runs / piece.rows.count * RUN_ELEMENTS;
             assert!(
                 piece.staged_elements() <= limit.max(tile_row),
                 "{} elements",
@@ -183,7 +199,7 @@ mod tests {
                     u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16
                 })
                 .collect();
-            repack(&piece, &pairs, of.columns, &mut weights, &mut written);
+            repack(&runs, &pairs, of.columns, &mut weights, &mut written);
         }
         assert!(written.iter().all(|&times| times == 1));
         assert!(weights == want.streams, "{}", program.mesh);
@@ -214,7 +230,8 @@ mod tests {
         let model = qwen3(SIZES);
         let program = planned(&model, &target(4, 1, 64));
         let check = |limit, expect: &[usize]| {
-            let head = pieces(&program, limit)
+            let head = Pieces::new(&program)
+                .cut(limit)
                 .into_iter()
                 .filter(|piece| piece.linear.is_none());
             assert_eq!(
