@@ -27,7 +27,7 @@ pub struct Machine {
     pub pass: f64,
     /// An attention task's fixed part: norms, RoPE, merges.
     pub attention: f64,
-    /// A batch of K and V reads of a task: four stripes (`device/kv_cache.cuh`).
+    /// A stripe of keys and values of a task (`program::STRIPE`).
     pub kv_batch: f64,
     /// Its scores and sums, per query head.
     pub kv_head: f64,

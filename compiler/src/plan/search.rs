@@ -7,7 +7,7 @@ use crate::cost::{Machine, StepCost};
 use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedOp, Input};
 use crate::mesh::{Mesh, Placement, Split};
 use crate::program::{
-    CONSUMER_WARPS, Linear, Program, ProgramError, TILE, TILE_BYTES, VALUES_PER_WORD,
+    CONSUMER_WARPS, Linear, Program, ProgramError, STRIPE, TILE, TILE_BYTES, VALUES_PER_WORD,
 };
 
 /// Why there is no plan.
@@ -530,12 +530,10 @@ impl Search<'_> {
         let (mesh, machine, a) = (&frame.mesh, &self.machine, self.attention);
         let heads = a.heads / mesh.groups;
         let tasks = step.columns * heads / frame.heads_per_task * step.kv_splits;
-        // A CTA reads a stripe of positions at once, 16 bytes a lane, and has four of them on their way.
-        let stripe = CONSUMER_WARPS * 32 * 8 / a.head_dim;
-        let stripes = self.target.depth().div_ceil(stripe);
+        let stripes = self.target.depth().div_ceil(STRIPE);
         let active = stripes.min(step.kv_splits);
         let of_batch = machine.kv_batch + machine.kv_head * frame.heads_per_task as f64;
-        let task = stripes.div_ceil(active).div_ceil(4) as f64 * of_batch;
+        let task = stripes.div_ceil(active) as f64 * of_batch;
         let heads_of_reader = if self.stream_placement(frame).groups == Split::Rows {
             a.heads
         } else {

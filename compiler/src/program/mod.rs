@@ -27,6 +27,9 @@ pub use verify::{Rule, Violation};
 pub const VALUES_PER_WORD: usize = 6;
 /// Warps of a CTA that compute.
 pub const CONSUMER_WARPS: usize = 8;
+/// Positions that attention of a CTA works on at once, and the grain in which they go to the splits
+/// (`device/kv_cache.cuh`, `kStripe`).
+pub const STRIPE: usize = 8 * CONSUMER_WARPS;
 /// Threads of a CTA: the warps that compute, and one that streams weights (`device/prelude.cuh`, `kThreads`).
 pub const THREADS: usize = (CONSUMER_WARPS + 1) * 32;
 /// Rows and columns of a weight tile.

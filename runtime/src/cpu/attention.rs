@@ -6,7 +6,7 @@
 
 use mirage_compiler::mesh::Share;
 use mirage_compiler::program::{
-    Attention, CONSUMER_WARPS, Exchange, Linear, Norm, Program, TILE, VALUES_PER_WORD,
+    Attention, Exchange, Linear, Norm, Program, STRIPE, TILE, VALUES_PER_WORD,
 };
 
 use super::area::{PhaseFault, Values, bits, value};
@@ -47,9 +47,6 @@ fn row_at(now: &Now<'_>, slot: usize, kv_head: usize, position: usize) -> usize 
     (((now.layer * program.slots + slot) * all + kv_head) * program.max_seq + position)
         * program.attention.head_dim
 }
-
-/// Positions of a stripe, the grain of the interleaving: what a CTA of the device works on at once.
-const STRIPE: usize = 8 * CONSUMER_WARPS;
 
 /// Whether every member of a group attends to a column for itself.
 fn replicated(now: &Now<'_>, column: usize) -> bool {
