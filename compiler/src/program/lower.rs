@@ -47,9 +47,9 @@ pub enum ProgramError {
         /// What is the matter.
         reason: String,
     },
-    /// More than the GPU's shared memory.
+    /// More than the GPU's shared memory, or a CTA's threads.
     #[error(
-        "the activations of {columns} columns leave no room for the weight ring in {limit} bytes of shared memory"
+        "the activations of {columns} columns leave no room for the weight ring in {limit} bytes of shared memory, or a worker's share of their residual stream does not fit its threads"
     )]
     SharedMemory {
         /// Columns of the larger step.

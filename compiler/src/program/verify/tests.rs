@@ -161,11 +161,14 @@ fn every_legal_layout_passes() {
                 if plan.verify(&graph).is_err() {
                     continue;
                 }
-                let program = Program::new(&graph, &plan, &target(mesh.ctas)).unwrap();
+                let program = match Program::new(&graph, &plan, &target(mesh.ctas)) {
+                    Ok(program) => program,
+                    // One worker has too few threads to hold the whole stream.
+                    Err(_) if mesh.workers() == 1 => continue,
+                    Err(error) => panic!("{error}"),
+                };
                 match program.verify() {
                     Ok(()) => passed += 1,
-                    // One worker has too few threads to hold the whole stream.
-                    Err(violation) if violation.rule == Rule::Steps && mesh.workers() == 1 => {}
                     Err(violation) => panic!("{violation}\n{program}"),
                 }
                 program.fits(&target(mesh.ctas).gpu).unwrap();
