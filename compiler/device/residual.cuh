@@ -4,8 +4,7 @@
 //
 // Two forms, chosen by the planner for each kind of step:
 // - Replicated: every worker sums all partials of all elements (an all-reduce in one hop) and keeps the whole stream;
-// good
-//   for few columns and narrow streams.
+//   good for few columns and narrow streams.
 // - Scattered: every worker sums the partials of its share (reduce-scatter), keeps that share, and publishes it as the
 //   next linear's operand, with its sum of squares, for all to collect (all-gather): a hop more, a small part of the
 //   volume, and gamma is multiplied once.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use mirage_compiler::cost::WORDS_IN_FLIGHT;
-use mirage_compiler::program::{CONSUMER_WARPS, THREADS, VALUES_PER_WORD};
+use mirage_compiler::program::{CONSUMER_WARPS, MOST_HEADS, STRIPE, THREADS, VALUES_PER_WORD};
 
 /// The constants of a header that are numbers, sums or products of what stands above them.
 fn constants(header: &str) -> BTreeMap<&str, usize> {
@@ -42,6 +42,10 @@ fn the_device_library_agrees() {
     check(words, "kValuesPerWord", VALUES_PER_WORD);
     let exchange = include_str!("../device/exchange.cuh");
     check(exchange, "kWordsInFlight", WORDS_IN_FLIGHT);
+    let kv_cache = include_str!("../device/kv_cache.cuh");
+    check(&format!("{prelude}{kv_cache}"), "kStripe", STRIPE);
+    let attention = include_str!("../device/attention.cuh");
+    check(attention, "kMostHeads", MOST_HEADS);
 }
 
 #[test]

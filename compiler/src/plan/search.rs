@@ -7,7 +7,8 @@ use crate::cost::{Machine, StepCost};
 use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedOp, Input};
 use crate::mesh::{Mesh, Placement, Split};
 use crate::program::{
-    CONSUMER_WARPS, Linear, Program, ProgramError, STRIPE, TILE, TILE_BYTES, VALUES_PER_WORD,
+    CONSUMER_WARPS, Linear, MOST_HEADS, Program, ProgramError, STRIPE, TILE, TILE_BYTES,
+    VALUES_PER_WORD,
 };
 
 /// Why there is no plan.
@@ -43,8 +44,6 @@ pub enum PlanError {
 
 /// Words of the replicated residual stream that a thread may keep: 48 KB of shared memory for all of them.
 const STREAM_WORDS: usize = 8;
-/// Query heads of an attention task, at most: the columns of the tensor core's operand (`device/attention.cuh`).
-const MOST_HEADS: usize = 8;
 /// Keys and values that every member of a group may read from L2 in a layer to spare itself an exchange of attention's parts.
 const REPLICATED_BYTES: usize = 64 * 1024;
 /// How many of the cheapest plans become programs, at most.

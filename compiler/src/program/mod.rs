@@ -30,6 +30,9 @@ pub const CONSUMER_WARPS: usize = 8;
 /// Positions that attention of a CTA works on at once, and the grain in which they go to the splits
 /// (`device/kv_cache.cuh`, `kStripe`).
 pub const STRIPE: usize = 8 * CONSUMER_WARPS;
+/// Query heads of an attention task, at most: the columns of the tensor core's operand (`device/attention.cuh`,
+/// `kMostHeads`).
+pub const MOST_HEADS: usize = 8;
 /// Threads of a CTA: the warps that compute, and one that streams weights (`device/prelude.cuh`, `kThreads`).
 pub const THREADS: usize = (CONSUMER_WARPS + 1) * 32;
 /// Rows and columns of a weight tile.

@@ -165,22 +165,11 @@ impl Program {
             return fail("placements are not the plan's".to_owned());
         }
         for ((name, step), planned) in self.steps().into_iter().zip([&plan.prefill, &plan.decode]) {
-            let choices = |columns, stream, kv_splits, replicate_below| {
-                (columns, stream, kv_splits, replicate_below)
-            };
-            let of_plan = choices(
-                planned.columns,
-                planned.stream,
-                planned.kv_splits,
-                planned.replicate_below,
-            );
-            if choices(
-                step.columns,
-                step.stream,
-                step.kv_splits,
-                step.replicate_below,
-            ) != of_plan
-            {
+            let same = step.columns == planned.columns
+                && step.stream == planned.stream
+                && step.kv_splits == planned.kv_splits
+                && step.replicate_below == planned.replicate_below;
+            if !same {
                 return fail(format!("the {name} step is not the plan's"));
             }
         }

@@ -7,7 +7,7 @@ use super::{Rule, Violation, ensure};
 use crate::fuse::Epilogue;
 use crate::mesh::Split;
 use crate::plan::{StreamForm, Target};
-use crate::program::{Exchange, Linear, Next, Phase, Program, RowOrder, Step, TILE};
+use crate::program::{Exchange, Linear, MOST_HEADS, Next, Phase, Program, RowOrder, Step, TILE};
 
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
     let mut views: Vec<Exchange> = Vec::new();
@@ -109,7 +109,9 @@ fn check_attention(program: &Program) -> Result<(), Violation> {
     )?;
     let shared = a.heads / a.kv_heads;
     steps(
-        a.heads_per_task > 0 && shared.is_multiple_of(a.heads_per_task) && a.heads_per_task <= 8,
+        a.heads_per_task > 0
+            && shared.is_multiple_of(a.heads_per_task)
+            && a.heads_per_task <= MOST_HEADS,
         &|| {
             format!(
                 "{} heads a task where {shared} query heads share a KV head",
