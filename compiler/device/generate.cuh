@@ -28,7 +28,8 @@ MIRAGE_DEVICE void stream_weights(const Params& params, RingWriter<typename Mode
       for (int layer = 0; more && layer < Model::kLayers; layer++)
         more = Model::stream_layer(ring, source, cta / Mesh::kMembers, cta % Mesh::kMembers);
     if (more && step >= params.prefill_steps)
-      more = stream_linear<typename Model::Head>(ring, source, head_slice<typename Model::Head, Mesh>(cta));
+      more = stream_linear<typename Model::Head>(ring, source, head_slice<typename Model::Head, Mesh>(cta),
+                                                 Model::Ring::kHeadInFlight);
     if (!more) break;
   }
   ring.drain();

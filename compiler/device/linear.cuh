@@ -41,9 +41,10 @@ MIRAGE_DEVICE int pass_rows(int rows, int pass) {
   return L::kRowsExact ? L::kPassTiles : min_of(L::kPassTiles, rows - pass * L::kPassTiles);
 }
 
-// Asks for the pages of one linear. False when the consumers have stopped.
+// Asks for the pages of one linear, `most` of them at once. False when the consumers have stopped.
 template <class L, class R>
-MIRAGE_DEVICE bool stream_linear(RingWriter<R>& ring, const uint8_t*& source, const Slice& slice) {
+MIRAGE_DEVICE bool stream_linear(RingWriter<R>& ring, const uint8_t*& source, const Slice& slice,
+                                 int most = R::kInFlight) {
 #pragma unroll 1
   for (int pass = 0; pass < L::kPasses; pass++) {
     const int rows = pass_rows<L>(slice.rows.count, pass);
@@ -51,7 +52,7 @@ MIRAGE_DEVICE bool stream_linear(RingWriter<R>& ring, const uint8_t*& source, co
 #pragma unroll 1
     for (int k = 0; k < slice.k.count; k += L::kPageK) {
       const uint32_t bytes = static_cast<uint32_t>(rows * min_of(L::kPageK, slice.k.count - k)) * 512;
-      if (!ring.push(source, bytes)) return false;
+      if (!ring.push(source, bytes, most)) return false;
       source += bytes;
     }
   }

@@ -7,7 +7,8 @@
 
 namespace mirage {
 
-// R: kPages, kPageBytes, kInFlight (pages asked for and not yet arrived, at most; 0 = no limit).
+// R: kPages, kPageBytes, kInFlight and kHeadInFlight (pages asked for and not yet arrived, at most, in the layers and
+// in the head).
 template <class R>
 struct RingStorage {
   uint64_t full[R::kPages];
@@ -82,15 +83,16 @@ struct RingWriter {
     in_flight--;
   }
 
-  // Asks for the next page. False when the consumers have stopped instead of making room.
-  MIRAGE_DEVICE bool push(const uint8_t* source, uint32_t bytes) {
+  // Asks for the next page once fewer than `most` are in flight. False when the consumers have stopped instead of
+  // making room.
+  MIRAGE_DEVICE bool push(const uint8_t* source, uint32_t bytes, int most) {
     // No limit to the turns: a CTA without a part of the layers waits here for the whole prefill. What waits elsewhere
     // has one. All lanes decide alike.
     if (!first_round)
       while (!__all_sync(~0u, test_barrier(&storage.empty[at.page], at.parity ^ 1)))
         if (__any_sync(~0u, storage.stop)) return false;
     // Too many requests in flight make every exchange wait behind the stream.
-    if (in_flight == (R::kInFlight > 0 ? R::kInFlight : R::kPages)) await_oldest();
+    while (in_flight >= most) await_oldest();
     fetch_page(pages + at.page * R::kPageBytes, source, bytes, &storage.full[at.page], lane);
     in_flight++;
     at.advance();

@@ -71,9 +71,9 @@ impl Machine {
         self.hop + words as f64 * 16.0 / self.l2_per_sm + turns as f64 * self.poll
     }
 
-    /// The rate at which `ctas` CTAs stream through rings of these.
-    pub fn ring_rate(&self, ring: &Ring, ctas: usize) -> f64 {
-        let of_cta = (ring.in_flight * ring.page_bytes) as f64 / self.page_latency;
+    /// The rate at which `ctas` CTAs stream with so many bytes of each in flight.
+    pub fn ring_rate(&self, in_flight: usize, ctas: usize) -> f64 {
+        let of_cta = in_flight as f64 / self.page_latency;
         self.stream.min(of_cta * ctas as f64)
     }
 

@@ -194,6 +194,7 @@ impl Emitter<'_> {
         self.constant("kPages", p.ring.pages);
         self.constant("kPageBytes", p.ring.page_bytes);
         self.constant("kInFlight", p.ring.in_flight);
+        self.constant("kHeadInFlight", p.ring.head_in_flight);
         line!(self, "}};");
         line!(self);
         line!(self, "// Shared memory: {} bytes.", p.shared.bytes);

@@ -266,7 +266,7 @@ impl Emitter<'_> {
         line!(self, "    }}");
         line!(
             self,
-            "    stream_linear<Head>(ring, source, head_slice<Head, Mesh>(cta));"
+            "    stream_linear<Head>(ring, source, head_slice<Head, Mesh>(cta), Ring::kHeadInFlight);"
         );
         line!(self, "  }}");
         line!(self, "  template <class R>");

@@ -471,8 +471,8 @@ impl Search<'_> {
             let t = &linear.tiling;
             t.passes * t.k.div_ceil(t.page_k)
         };
-        let stretched = |stream: f64, ctas: usize, pages: usize| {
-            let rate = machine.ring_rate(ring, ctas);
+        let stretched = |stream: f64, ctas: usize, pages: usize, in_flight: usize| {
+            let rate = machine.ring_rate(in_flight * ring.page_bytes, ctas);
             (stream * machine.stream / rate).max(pages as f64 * machine.page)
         };
         let of_layer: usize = program.linears.iter().map(pages).sum();
@@ -482,11 +482,17 @@ impl Search<'_> {
             (&mut plan.decode, decode, true),
         ] {
             let cost = &mut step.cost;
-            cost.layer_stream = stretched(cost.layer_stream, mesh.workers(), of_layer)
-                + machine.stalls(ring, exchanges, mesh.workers());
+            cost.layer_stream =
+                stretched(cost.layer_stream, mesh.workers(), of_layer, ring.in_flight)
+                    + machine.stalls(ring, exchanges, mesh.workers());
             cost.layer = machine.overlap(cost.layer_stream, cost.layer_chain);
             if with_head {
-                cost.head = stretched(cost.head, mesh.ctas, pages(&program.head));
+                cost.head = stretched(
+                    cost.head,
+                    mesh.ctas,
+                    pages(&program.head),
+                    ring.head_in_flight,
+                );
             }
             cost.total = cost.layer * self.graph.layers as f64 + cost.head;
         }

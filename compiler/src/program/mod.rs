@@ -453,8 +453,10 @@ pub struct Ring {
     pub pages: usize,
     /// Bytes of a page.
     pub page_bytes: usize,
-    /// Pages asked for and not yet there, at most.
+    /// Pages asked for and not yet there, at most, in the layers.
     pub in_flight: usize,
+    /// The same in the head, where nothing but the stream is waited for.
+    pub head_in_flight: usize,
 }
 
 /// Epochs that one step uses: one a layer, the head's, and the sampler's barriers (`device/sampling.cuh`).
@@ -517,8 +519,8 @@ impl fmt::Display for Program {
         }
         writeln!(
             f,
-            "  ring: {} pages of {} B, {} in flight",
-            self.ring.pages, self.ring.page_bytes, self.ring.in_flight
+            "  ring: {} pages of {} B, {} in flight, {} in the head",
+            self.ring.pages, self.ring.page_bytes, self.ring.in_flight, self.ring.head_in_flight
         )?;
         write!(f, "{}", self.shared)?;
         for (name, step) in self.steps() {

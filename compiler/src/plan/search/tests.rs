@@ -3,6 +3,7 @@
 use super::*;
 use crate::arch::{Arch, GpuModel};
 use crate::graph::Graph;
+use crate::program::Ring;
 use crate::typed::{ModelConfig, TypedGraph};
 
 /// Qwen3-0.6B.
@@ -125,7 +126,7 @@ fn large_batches_scatter_the_stream() {
 
 /// The ring of the program for one H100.
 #[track_caller]
-fn check_ring(config: &ModelConfig, pages: usize, in_flight: usize) {
+fn check_ring(config: &ModelConfig, pages: usize, in_flight: usize, head_in_flight: usize) {
     let graph = Graph::parse(include_str!("../../../../graphs/qwen3.ron"), "qwen3.ron").unwrap();
     let graph = FusedGraph::new(&TypedGraph::new(&graph, config).unwrap()).unwrap();
     let target = Target {
@@ -135,18 +136,23 @@ fn check_ring(config: &ModelConfig, pages: usize, in_flight: usize) {
     };
     let (_, program) = Plan::search(&graph, &target).unwrap();
     let ring = program.ring;
-    let found = (ring.pages, ring.page_bytes, ring.in_flight);
-    assert_eq!(found, (pages, 16 * 1024, in_flight));
+    let expect = Ring {
+        pages,
+        page_bytes: 16 * 1024,
+        in_flight,
+        head_in_flight,
+    };
+    assert_eq!(ring, expect);
 }
 
 #[test]
 fn a_small_model_holds_requests_back() {
-    check_ring(&ModelConfig::none(), 8, 2);
+    check_ring(&ModelConfig::none(), 8, 1, 2);
 }
 
 #[test]
 fn a_large_model_gives_up_prefill_columns_for_a_ring_that_holds_an_exchange() {
     let config = r#"{"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
                      "num_key_value_heads": 8, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1000000}"#;
-    check_ring(&ModelConfig::parse(config, "config.json").unwrap(), 7, 6);
+    check_ring(&ModelConfig::parse(config, "config.json").unwrap(), 7, 6, 6);
 }

@@ -466,6 +466,7 @@ fn mutant_tilings() {
 #[test]
 fn mutant_ring() {
     check(|program| program.ring.in_flight = 0, Rule::Ring);
+    check(|program| program.ring.head_in_flight = 0, Rule::Ring);
     check(
         |program| program.ring.in_flight = program.ring.pages + 1,
         Rule::Ring,

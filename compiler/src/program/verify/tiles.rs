@@ -8,12 +8,14 @@ use crate::program::{CONSUMER_WARPS, Linear, Program, RowOrder, TILE, TILE_BYTES
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
     let mesh = &program.mesh;
     let ring = &program.ring;
-    ensure(
-        ring.in_flight >= 1 && ring.in_flight <= ring.pages,
-        Rule::Ring,
-        "ring",
-        || format!("{} pages in flight of {}", ring.in_flight, ring.pages),
-    )?;
+    for in_flight in [ring.in_flight, ring.head_in_flight] {
+        ensure(
+            in_flight >= 1 && in_flight <= ring.pages,
+            Rule::Ring,
+            "ring",
+            || format!("{in_flight} pages in flight of {}", ring.pages),
+        )?;
+    }
     ensure(
         ring.page_bytes > 0 && ring.page_bytes.is_multiple_of(TILE_BYTES),
         Rule::Ring,
