@@ -65,6 +65,22 @@ struct Columns {
   uint32_t note;        // of CTA 0, at the last barrier over the grid
 };
 
+// What the columns of a decode step sample with, and the best that the CTA's rows of the head have drawn for them
+// (draws.cuh).
+struct Draws {
+  uint64_t best[Columns::kMax];              // the highest score and its token
+  uint64_t random[Columns::kMax];            // state of the random numbers
+  float inverse_temperature[Columns::kMax];  // 0: the column is greedy, or idle
+  float top_p[Columns::kMax];
+  uint32_t top_k[Columns::kMax];
+  uint32_t second[Columns::kMax];              // key of the second-highest score
+  float logit[Columns::kMax][kConsumerWarps];  // of the token that is the best of the warp's, if it is the CTA's best
+};
+
+// Bytes of a column, for which program/layout.rs makes room.
+constexpr int kDrawBytes = 32 + 4 * kConsumerWarps;
+static_assert(sizeof(Draws) == Columns::kMax * kDrawBytes, "as large as the compiler takes them for");
+
 struct Place {
   int cta, group, member;
   int thread, warp, lane;
@@ -85,6 +101,7 @@ struct Context {
   Place at;
   RingReader<Ring> ring;
   Columns& columns;
+  Draws& draws;
   bf16* activation;
   float* scratch;
   float* sum_squares;  // [columns, kConsumerWarps], then the scale of each column that follows from them

@@ -87,6 +87,7 @@ MIRAGE_DEVICE void begin_decode(Context<R>& x) {
     x.columns.token[c] = on ? x.params.prompts[c * Model::kMaxSeq + position] : 0;
     x.columns.first[c] = c;
     x.columns.logits[c] = on ? logits_of<Model>(x.params, c, position) : nullptr;
+    begin_draws(x, c);
   }
   sync_consumers();
 }
@@ -116,6 +117,7 @@ MIRAGE_DEVICE bool advance(Context<R>& x) {
     x.columns.token[c] = on ? token : 0;
     x.columns.position[c] = on ? next : 0;
     x.columns.logits[c] = on ? logits_of<Model>(x.params, c, next) : nullptr;
+    begin_draws(x, c);
   }
   sync_consumers();
   bool any = false;
@@ -133,6 +135,7 @@ MIRAGE_DEVICE Context<typename Model::Ring> context_of(const Params& params, con
       at,
       RingReader<Ring>{*reinterpret_cast<RingStorage<Ring>*>(shared + Shared::kRingStorage), shared + Shared::kPages},
       *reinterpret_cast<Columns*>(shared + Shared::kColumns),
+      *reinterpret_cast<Draws*>(shared + Shared::kDraws),
       reinterpret_cast<bf16*>(shared + Shared::kActivation),
       reinterpret_cast<float*>(shared + Shared::kScratch),
       reinterpret_cast<float*>(shared + Shared::kSumSquares),
@@ -144,7 +147,8 @@ MIRAGE_DEVICE Context<typename Model::Ring> context_of(const Params& params, con
 // others write this step's.
 template <class Model>
 MIRAGE_DEVICE uint4* candidates_of(const Params& params, uint32_t parity) {
-  return params.exchange + Model::kCandidatesAt + parity * Model::kDecodeColumns * Model::Mesh::kCtas;
+  return params.exchange + Model::kCandidatesAt +
+         parity * CandidateWords<Model::kDecodeColumns, typename Model::Mesh>::kOfStep;
 }
 
 template <class Model>
@@ -154,10 +158,19 @@ MIRAGE_DEVICE uint64_t* histograms_of(const Params& params) {
 
 template <class Model>
 MIRAGE_DEVICE void clear_histograms(const Params& params, const Place& at) {
-  constexpr int kAll = 2 * Histograms<Model::kDecodeColumns>::kOfParity;
+  constexpr int kAll = Histograms<Model::kDecodeColumns>::kAll;
 #pragma unroll 1
   for (int i = at.cta * kConsumers + at.thread; i < kAll; i += Model::Mesh::kCtas * kConsumers)
     histograms_of<Model>(params)[i] = 0;
+}
+
+// What candidates do not choose.
+template <class Model, class R>
+MIRAGE_DEVICE void sample_columns(Context<R>& x, uint32_t epoch) {
+  uint4* exchange = x.params.exchange;
+  sample<typename Model::Head, Model::kDecodeColumns, typename Model::Mesh>(
+      x, exchange + Model::kSumsAt, histograms_of<Model>(x.params), exchange + Model::kSamplesAt,
+      exchange + Model::kBarrierAt, epoch);
 }
 
 template <class Model>
@@ -213,10 +226,9 @@ MIRAGE_DEVICE void generate(const Params& params) {
     x.mark(Mark::kHead);
     lm_head<typename Model::Head, C, Mesh>(x, candidates, cancelled_by_host(x) != 0, last);
     x.mark(Mark::kLogits);
-    const bool stop = collect_candidates<C, Mesh>(x, candidates, last);
+    const bool stop = collect_candidates<typename Model::Head, C, Mesh>(x, candidates, last);
     x.mark(Mark::kCandidates);
-    sample<typename Model::Head, C, Mesh>(x, histograms_of<Model>(params), params.exchange + Model::kSamplesAt,
-                                          params.exchange + Model::kBarrierAt, parity, last);
+    sample_columns<Model>(x, last);
     x.mark(Mark::kChosen);
     if (!advance<Model>(x) || stop) break;
   }

@@ -60,7 +60,7 @@ MIRAGE_DEVICE void save_stream(const Context<R>& x, S& stream, const PhasedParam
                  [](float& value, float& saved) { saved = value; });
 }
 
-// The columns of the decode step, and what the sampler found for them.
+// The columns of the decode step.
 template <class R>
 MIRAGE_DEVICE void load_columns(Context<R>& x, const PhasedState& state) {
   if (x.at.thread < Columns::kMax) {
@@ -70,6 +70,7 @@ MIRAGE_DEVICE void load_columns(Context<R>& x, const PhasedState& state) {
     x.columns.token[c] = state.columns.token[c];
     x.columns.first[c] = state.columns.first[c];
     x.columns.logits[c] = state.columns.logits[c];
+    begin_draws(x, c);
   }
   sync_consumers();
 }
@@ -132,9 +133,8 @@ MIRAGE_DEVICE void choose_tokens(const PhasedParams& p) {
   Context<typename Model::Ring> x = context_of<Model>(p.params, at, shared);
   load_columns(x, *p.state);
   const uint32_t parity = p.state->parity, last = p.state->epoch + Model::kLayers + 1;
-  collect_candidates<C, Mesh>(x, candidates_of<Model>(p.params, parity), last);
-  sample<typename Model::Head, C, Mesh>(x, histograms_of<Model>(p.params), p.params.exchange + Model::kSamplesAt,
-                                        p.params.exchange + Model::kBarrierAt, parity, last);
+  collect_candidates<typename Model::Head, C, Mesh>(x, candidates_of<Model>(p.params, parity), last);
+  sample_columns<Model>(x, last);
   if (at.cta == 0 && at.thread < C) p.state->winners[at.thread] = winners_of<C>(x)[at.thread];
 }
 

@@ -85,4 +85,7 @@ MIRAGE_DEVICE uint32_t order_key(float value) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// The number of a key; NaN for 0, which is no number's.
+MIRAGE_DEVICE float number_of_key(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
 }  // namespace mirage

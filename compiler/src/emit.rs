@@ -31,18 +31,22 @@ macro_rules! headers {
     };
 }
 
-const HEADERS: [(&str, &str); 19] = headers![
+const HEADERS: [(&str, &str); 23] = headers![
     "attention.cuh",
+    "candidates.cuh",
     "context.cuh",
+    "draws.cuh",
     "exchange.cuh",
     "generate.cuh",
     "grid.cuh",
     "head.cuh",
     "heads.cuh",
+    "kept.cuh",
     "kv_cache.cuh",
     "linear.cuh",
     "mirage.cuh",
     "prelude.cuh",
+    "radix.cuh",
     "random.cuh",
     "repack.cuh",
     "residual.cuh",
@@ -367,6 +371,7 @@ impl Emitter<'_> {
         self.constant("kStepEpochs", step_epochs(p.layers));
         self.constant("kStreamAt", p.exchange.stream_at);
         self.constant("kCandidatesAt", p.exchange.candidates_at);
+        self.constant("kSumsAt", p.exchange.sums_at);
         self.constant("kSamplesAt", p.exchange.samples_at);
         self.constant("kBarrierAt", p.exchange.barrier_at);
         self.constant("kHistogramsAt", p.exchange.histograms_at);

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use mirage_compiler::cost::WORDS_IN_FLIGHT;
-use mirage_compiler::program::{CONSUMER_WARPS, MOST_HEADS, STRIPE, THREADS, VALUES_PER_WORD};
+use mirage_compiler::program::{
+    CHOICE_BYTES, CONSUMER_WARPS, DRAW_BYTES, MOST_HEADS, STRIPE, THREADS, VALUES_PER_WORD,
+};
 
 /// The constants of a header that are numbers, sums or products of what stands above them.
 fn constants(header: &str) -> BTreeMap<&str, usize> {
@@ -38,6 +40,14 @@ fn the_device_library_agrees() {
     let prelude = include_str!("../device/prelude.cuh");
     check(prelude, "kConsumerWarps", CONSUMER_WARPS);
     check(prelude, "kThreads", THREADS);
+    let context = include_str!("../device/context.cuh");
+    check(&format!("{prelude}{context}"), "kDrawBytes", DRAW_BYTES);
+    let candidates = include_str!("../device/candidates.cuh");
+    check(
+        &format!("{prelude}{candidates}"),
+        "kChoiceBytes",
+        CHOICE_BYTES,
+    );
     let words = include_str!("../device/words.cuh");
     check(words, "kValuesPerWord", VALUES_PER_WORD);
     let exchange = include_str!("../device/exchange.cuh");

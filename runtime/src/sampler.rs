@@ -2,7 +2,8 @@
 //!
 //! Owns the meaning of [`SamplingParams`]. Every executor must choose the same token from the same logits, so everything
 //! below is exact: where floating point is used, the operations and their order are given ([`random`]), and sums are of
-//! integers, so that their order does not matter. The device twin is `compiler/device/random.cuh`. It must not know
+//! integers, so that their order does not matter. The device twin is `compiler/device/random.cuh`;
+//! `sampling.cuh` beside it comes to the same token by a shorter way. It must not know
 //! stop tokens, batches or where logits come from.
 //!
 //! # Definition

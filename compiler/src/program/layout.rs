@@ -45,6 +45,12 @@ impl fmt::Display for SharedLayout {
 
 const ALIGN: usize = 128;
 
+/// Bytes of a column between the head and the next step: the best logit of each warp and of all, how far it is, the draws,
+/// masses and counts of each warp (`device/candidates.cuh`, `Choices`).
+pub const CHOICE_BYTES: usize = 40 + 36 * CONSUMER_WARPS;
+/// Bytes of what a column samples with and has drawn (`device/context.cuh`, `Draws`).
+pub const DRAW_BYTES: usize = 32 + 4 * CONSUMER_WARPS;
+
 /// Elements of a row of bf16 in shared memory (`device/context.cuh`, `padded`).
 fn padded(width: usize) -> usize {
     width + 8
@@ -85,14 +91,13 @@ pub(super) fn regions(
         linear.tiling.warp_k() * columns * (linear.tiling.pass_tiles * 16 + 4) * 4
     };
     let warp_results = CONSUMER_WARPS * attention.heads_per_task * (attention.head_dim + 4) * 4;
-    // Candidates of the warps, the winners and the stop flag (`device/head.cuh`).
-    let candidates = 8 * (decode * CONSUMER_WARPS + decode + 1);
-    // The sampler's histograms and thresholds take the activation's place (`device/sampling.cuh`).
+    let choices = decode * CHOICE_BYTES + 8;
+    // The sampler's histograms and thresholds take the activation's place (`device/radix.cuh`).
     let sampling = decode * (2 * 256 * 4 + 4 + 4 + 8);
     let scratch = linears
         .iter()
         .map(products)
-        .chain([warp_results, candidates])
+        .chain([warp_results, choices])
         .max()
         .unwrap_or(0);
     // Units of a thread, by all threads (`device/residual.cuh`, `Replicated`).
@@ -108,6 +113,10 @@ pub(super) fn regions(
     let mut regions = vec![
         ("RingStorage", 16 * MAX_PAGES + 16),
         ("Columns", super::super::plan::Target::MAX_COLUMNS * 24 + 16),
+        (
+            "Draws",
+            super::super::plan::Target::MAX_COLUMNS * DRAW_BYTES,
+        ),
         ("SumSquares", columns * (CONSUMER_WARPS + 1) * 4),
         ("Rope", columns * attention.head_dim / 2 * 8),
         ("Scratch", scratch),
@@ -202,15 +211,17 @@ impl Words {
         decode_columns: usize,
     ) -> ExchangeLayout {
         let stream_at = self.take(stream_words);
-        // Of two steps, in turns (`device/generate.cuh`).
-        let candidates_at = self.take(2 * decode_columns * mesh.ctas);
+        // Of two steps, in turns (`device/generate.cuh`), and of two kinds (`device/candidates.cuh`).
+        let candidates_at = self.take(2 * 2 * decode_columns * mesh.ctas);
+        let sums_at = self.take(2 * decode_columns * mesh.ctas);
         let samples_at = self.take(decode_columns * mesh.ctas);
         let barrier_at = self.take(mesh.ctas);
-        // 64-bit counts: two step parities, two kinds, four levels of 256 bins (`device/sampling.cuh`, `Histograms`).
-        let histograms_at = self.take(2 * 2 * 4 * decode_columns * 256 / 2);
+        // 64-bit counts: two kinds, four levels of 256 bins (`device/radix.cuh`, `Histograms`).
+        let histograms_at = self.take(2 * 4 * decode_columns * 256 / 2);
         ExchangeLayout {
             stream_at,
             candidates_at,
+            sums_at,
             samples_at,
             barrier_at,
             histograms_at,

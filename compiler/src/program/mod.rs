@@ -18,7 +18,7 @@ use crate::fuse::{Epilogue, Rope, Weight, WeightId};
 use crate::mesh::{Mesh, Placement, Share, Split, share};
 use crate::plan::{Plan, StreamForm};
 
-pub use layout::{Region, SharedLayout};
+pub use layout::{CHOICE_BYTES, DRAW_BYTES, Region, SharedLayout};
 pub use lower::ProgramError;
 pub use stream::{Block, Element, TILE_BYTES, Tile};
 pub use verify::{Rule, Violation};
@@ -436,6 +436,8 @@ pub struct ExchangeLayout {
     pub stream_at: usize,
     /// Candidates of the LM head, of even steps and then of odd ones.
     pub candidates_at: usize,
+    /// Sums over the tokens above a column's draws.
+    pub sums_at: usize,
     /// Candidates of the sampler.
     pub samples_at: usize,
     /// The grid barrier.

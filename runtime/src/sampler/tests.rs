@@ -1,6 +1,8 @@
 //! The arithmetic against f64 and against values from the device twin; the kept sets against sorting; the draws against
 //! softmax by chi-square. Seeds are fixed, so a test that passes once passes always.
 
+mod ahead;
+
 use std::cmp::Ordering;
 
 use super::random::{gumbel, random_bits, stream_key, weight};

@@ -9,7 +9,7 @@ use mirage_compiler::plan::StreamForm;
 use mirage_runtime::generate::{Executor, GenerateRequest};
 use mirage_runtime::megakernel::{Form, Megakernel};
 use mirage_runtime::sampler::SamplingParams;
-use mirage_testing::{Choice, SIZES, prompts, qwen3, tiny};
+use mirage_testing::{Choice, SIZES, Sizes, prompts, qwen3, tiny};
 
 use crate::device::{Kernel, turn};
 
@@ -32,6 +32,8 @@ fn samplings() -> impl Iterator<Item = SamplingParams> + Clone {
         (0.3, 1, 1.0),
         (1e4, 0, 1.0),
         (1e-4, 0, 0.01),
+        (0.8, 0, 0.95),
+        (0.8, 40, 1.0),
     ]
     .map(sampled)
     .into_iter()
@@ -173,7 +175,7 @@ fn a_chain_of_kernels_makes_the_same_tokens() {
 }
 
 /// Prompts of one token have no prefill: all logits are of decode steps, as the scored ones are.
-fn check_sampler(gpu: &mut Megakernel) {
+fn check_sampler(gpu: &mut Megakernel, new_tokens: usize) {
     let (batch, vocab) = (gpu.limits().batch, gpu.limits().vocab);
     for round in 0..4u32 {
         let requests: Vec<_> = (0u32..)
@@ -185,7 +187,7 @@ fn check_sampler(gpu: &mut Megakernel) {
                     ..sampling
                 },
                 stream: round * 100 + slot,
-                ..GenerateRequest::greedy(vec![(slot * 7 + round) % vocab as u32], 60)
+                ..GenerateRequest::greedy(vec![(slot * 7 + round) % vocab as u32], new_tokens)
             })
             .collect();
         let generated = gpu.generate_all(&requests).unwrap();
@@ -197,7 +199,7 @@ fn check_sampler(gpu: &mut Megakernel) {
         let scored = gpu.score(&whole).unwrap();
         for ((request, generated), logits) in requests.iter().zip(&generated).zip(&scored) {
             let sampler = request.sampling.sampler().unwrap();
-            assert_eq!(generated.tokens.len(), 60);
+            assert_eq!(generated.tokens.len(), new_tokens);
             for (position, &token) in (0u32..).zip(&generated.tokens) {
                 // The row of a position predicts the next one.
                 let row = logits.row(position as usize);
@@ -210,10 +212,19 @@ fn check_sampler(gpu: &mut Megakernel) {
 
 #[test]
 fn tokens_are_the_cpu_sampler_s() {
-    for (model, batch) in [(qwen3(SIZES), 16), (tiny(), 1), (tiny(), 8)] {
-        let kernel = Kernel::planned(&model, batch, 64);
+    // The wide one has what a small one has not: several passes of the head, and more tokens than a lane asks for at once.
+    let vocab = 60_001;
+    let wide = qwen3(Sizes { vocab, ..SIZES });
+    for (model, batch, new_tokens) in [
+        (&qwen3(SIZES), 16, 60),
+        (&tiny(), 1, 60),
+        (&tiny(), 8, 60),
+        (&wide, 1, 60),
+        (&wide, 16, 20),
+    ] {
+        let kernel = Kernel::planned(model, batch, 64);
         let turn = turn();
-        check_sampler(&mut kernel.load(&turn, &model));
+        check_sampler(&mut kernel.load(&turn, model), new_tokens);
     }
 }
 

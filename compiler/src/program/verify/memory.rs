@@ -162,10 +162,16 @@ pub(super) fn check_words(program: &Program) -> Result<(), Violation> {
             units * decode,
         );
     }
-    // Candidates of two steps: a CTA that holds no layer may still read the last step's while others write the next's.
+    // Candidates of two steps: a CTA that holds no layer may still read the last step's while others write the next's. Of
+    // a column that samples each CTA has two words.
     need(
         "candidates of the head".to_owned(),
         e.candidates_at,
+        2 * 2 * decode * mesh.ctas,
+    );
+    need(
+        "sums above the draws".to_owned(),
+        e.sums_at,
         2 * decode * mesh.ctas,
     );
     need(
@@ -174,11 +180,11 @@ pub(super) fn check_words(program: &Program) -> Result<(), Violation> {
         decode * mesh.ctas,
     );
     need("the grid barrier".to_owned(), e.barrier_at, mesh.ctas);
-    // 64-bit counts: two step parities, two kinds, four levels of 256 bins (`device/sampling.cuh`, `Histograms`).
+    // 64-bit counts: two kinds, four levels of 256 bins (`device/radix.cuh`, `Histograms`).
     need(
         "histograms of the sampler".to_owned(),
         e.histograms_at,
-        2 * 2 * 4 * 256 * decode / 2,
+        2 * 4 * 256 * decode / 2,
     );
     ensure(
         i32::try_from(e.words).is_ok(),
@@ -228,9 +234,10 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
     });
     // attention.cuh, WarpResult: a head's values, maximum and sum of every warp, f32, padded to four.
     let results = CONSUMER_WARPS * a.heads_per_task * (a.head_dim + 4) * 4;
-    // head.cuh: candidates of the warps, the winners, a flag.
-    let candidates = 8 * (decode * CONSUMER_WARPS + decode + 1);
-    // sampling.cuh, in place of the activation: per column two histograms, a prefix, a floor and a 64-bit target.
+    // candidates.cuh, Choices: per column candidates of the warps, the winner, its state, three draws, four masses and
+    // three counts of each warp.
+    let choices = decode * (8 * CONSUMER_WARPS + 8 + 8 + 3 * 8 + (16 + 12) * CONSUMER_WARPS) + 4;
+    // radix.cuh, in place of the activation: per column two histograms, a prefix, a floor and a 64-bit target.
     let sampling = decode * (2 * 256 * 4 + 4 + 4 + 8);
     // context.cuh, padded: a row of bf16 has 16 bytes more than it holds.
     let row = |width: usize| (width + 8) * 2;
@@ -258,11 +265,16 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
         ("RingStorage", program.ring.pages * 16 + 4),
         // Slot, position, token, first: 4 bytes each; a pointer. Then a note, padded.
         ("Columns", Target::MAX_COLUMNS * (4 * 4 + 8) + 8),
+        // Two 64-bit numbers, four of 32, and a logit of each warp.
+        (
+            "Draws",
+            Target::MAX_COLUMNS * (8 * 2 + 4 * 4 + 4 * CONSUMER_WARPS),
+        ),
         ("SumSquares", columns * CONSUMER_WARPS * 4),
         ("Rope", columns * a.head_dim / 2 * 8),
         (
             "Scratch",
-            products.chain([results, candidates]).max().unwrap_or(0),
+            products.chain([results, choices]).max().unwrap_or(0),
         ),
         (
             "Activation",

@@ -30,6 +30,8 @@ enum Buffer {
     Stream,
     /// Candidates of the head, by the parity of the step.
     Candidates(usize),
+    /// Sums above the draws.
+    Sums,
     /// Candidates of the sampler.
     Samples,
     /// Arrivals at the grid barrier. They hold no value: a later arrival is as good as the one waited for.
@@ -78,7 +80,8 @@ pub(super) fn check(program: &Program) -> Result<(), Violation> {
             "the head's candidates",
         )?;
         if sampled {
-            // Temperature alone: no barrier lies between the two exchanges of candidates.
+            // Barriers of the radix selection would only add knowledge.
+            trace.all(Buffer::Sums, last, "the sums above the draws")?;
             trace.all(Buffer::Samples, last, "the sampler's candidates")?;
         }
         epoch += step_epochs(program.layers) as u64;

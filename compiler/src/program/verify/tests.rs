@@ -369,6 +369,7 @@ fn mutant_words_shifted() {
             ("the first linear's words", |p| &mut p.linears[0].words_at),
             ("the heads' words", |p| &mut p.attention.words_at),
             ("candidates", |p| &mut p.exchange.candidates_at),
+            ("sums", |p| &mut p.exchange.sums_at),
             ("samples", |p| &mut p.exchange.samples_at),
             ("the barrier", |p| &mut p.exchange.barrier_at),
             ("histograms", |p| &mut p.exchange.histograms_at),
