@@ -5,13 +5,13 @@
 //! cargo run --release -p mirage-runtime --example oracle -- score-cpu GRAPH MODEL BATCH MAX_SEQ PROMPTS.json OUT.f32
 //! cargo run --release -p mirage-runtime --example oracle -- steps GRAPH MODEL BATCH MAX_SEQ POSITION
 //! cargo run --release -p mirage-runtime --example oracle -- tokens GRAPH MODEL BATCH MAX_SEQ NEW_TOKENS
-//! cargo run --release -p mirage-runtime --example oracle -- timeline GRAPH MODEL BATCH MAX_SEQ POSITION
+//! cargo run --release -p mirage-runtime --example oracle -- timeline GRAPH MODEL BATCH MAX_SEQ POSITION [TEMPERATURE]
 //! cargo run --release -p mirage-runtime --example oracle -- load GRAPH MODEL BATCH MAX_SEQ [BUFFERS MB]
 //! ```
 //!
 //! `score` runs the prompts `BATCH` at a time; `oracle/check.py` judges the file. `score-cpu` does the same with the CPU
 //! executor; all others need a GPU. `steps` prints the median time of a
-//! decode step at a position over five runs, greedy and sampled; `timeline` what each part of a step takes. `tokens` makes one generation of a full batch of prompts
+//! decode step at a position over five runs, greedy and sampled; `timeline` what each part of a step takes, greedy or sampled. `tokens` makes one generation of a full batch of prompts
 //! of mixed lengths and checks that it repeats, alone and together: one launch each, for a profiler or a sanitizer. `load`
 //! measures loading the weights from files in the page cache, through so many staging buffers of so many megabytes, a thread each.
 
@@ -34,7 +34,7 @@ use mirage_runtime::gpu::Gpu;
 use mirage_runtime::megakernel::{Megakernel, Staging};
 use mirage_runtime::sampler::SamplingParams;
 
-const USAGE: &str = "score|score-cpu|steps|timeline|tokens|load GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION | NEW_TOKENS | [BUFFERS MB])";
+const USAGE: &str = "score|score-cpu|steps|timeline|tokens|load GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION [TEMPERATURE] | NEW_TOKENS | [BUFFERS MB])";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -56,13 +56,18 @@ fn main() -> Result<(), Box<dyn Error>> {
             score(&mut cpu, batch, prompts, out)
         }
         ("steps", &[position]) => steps(&mut on_gpu()?, batch, position.parse()?),
-        ("timeline", &[position]) => {
+        ("timeline", &[position, ref temperature @ ..]) => {
+            let temperature = match temperature {
+                [] => 0.0,
+                [temperature] => temperature.parse()?,
+                _ => return Err(USAGE.into()),
+            };
             let gpu = Gpu::open(0)?;
             let mut compiled = compile(graph, model, gpu.properties().model()?, batch, max_seq)?;
             compiled.source = compiled.source.traced();
             let mut kernel = load(&gpu, compiled, model)?;
             kernel.record_timeline()?;
-            timeline(&mut kernel, batch, position.parse()?)
+            timeline(&mut kernel, batch, position.parse()?, temperature)
         }
         ("load", sizes @ (&[] | &[_, _])) => {
             let mut staging = Staging::default();
@@ -147,17 +152,22 @@ fn prompt(kernel: &Megakernel, sequence: usize, length: usize) -> Vec<u32> {
         .collect()
 }
 
+/// Greedy at temperature 0, else with top-p 0.95.
+fn sampling(temperature: f32) -> SamplingParams {
+    SamplingParams {
+        temperature,
+        top_p: if temperature > 0.0 { 0.95 } else { 1.0 },
+        seed: 1,
+        ..SamplingParams::default()
+    }
+}
+
 /// The difference of two generations of different lengths: prefill and launch fall out of it.
 fn steps(kernel: &mut Megakernel, batch: usize, position: usize) -> Result<(), Box<dyn Error>> {
     const FEW: usize = 16;
     const MANY: usize = 80;
     for temperature in [0.0, 0.8] {
-        let sampling = SamplingParams {
-            temperature,
-            top_p: if temperature > 0.0 { 0.95 } else { 1.0 },
-            seed: 1,
-            ..SamplingParams::default()
-        };
+        let sampling = sampling(temperature);
         let mut time = |new_tokens: usize| -> Result<f32, Box<dyn Error>> {
             let requests: Vec<GenerateRequest> = (0u32..)
                 .take(batch)
@@ -189,10 +199,20 @@ fn steps(kernel: &mut Megakernel, batch: usize, position: usize) -> Result<(), B
     Ok(())
 }
 
-/// Sixteen greedy decode steps, part by part.
-fn timeline(kernel: &mut Megakernel, batch: usize, position: usize) -> Result<(), Box<dyn Error>> {
-    let requests: Vec<GenerateRequest> = (0..batch)
-        .map(|sequence| GenerateRequest::greedy(prompt(kernel, sequence, position), 16))
+/// Sixteen decode steps, part by part.
+fn timeline(
+    kernel: &mut Megakernel,
+    batch: usize,
+    position: usize,
+    temperature: f32,
+) -> Result<(), Box<dyn Error>> {
+    let requests: Vec<GenerateRequest> = (0u32..)
+        .take(batch)
+        .map(|stream| GenerateRequest {
+            sampling: sampling(temperature),
+            stream,
+            ..GenerateRequest::greedy(prompt(kernel, stream as usize, position), 16)
+        })
         .collect();
     kernel.generate_all(&requests)?;
     kernel.generate_all(&requests)?;
