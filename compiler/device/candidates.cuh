@@ -32,6 +32,7 @@ enum Choice : uint32_t {
 // In scratch from the head to the end of the step.
 template <int C>
 struct Choices {
+  DrawQueue queues[kConsumerWarps];
   Candidate of_warps[C][kConsumerWarps];
   Candidate winners[C];  // the highest logit, and the chosen token
   Choice choice[C];
@@ -43,12 +44,13 @@ struct Choices {
   uint32_t cancelled;
 };
 
-// Bytes of a column, for which program/layout.rs makes room.
+// Bytes of a column, and of the queues, for which program/layout.rs makes room.
 constexpr int kChoiceBytes = 40 + 36 * kConsumerWarps;
+constexpr int kQueueBytes = 768 * kConsumerWarps;
 
 template <int C, class R>
 MIRAGE_DEVICE Choices<C>& choices_of(Context<R>& x) {
-  static_assert(sizeof(Choices<C>) == C * kChoiceBytes + 4, "as large as the compiler takes them for");
+  static_assert(sizeof(Choices<C>) == C * kChoiceBytes + kQueueBytes + 4, "as large as the compiler takes them for");
   return *reinterpret_cast<Choices<C>*>(x.scratch);
 }
 

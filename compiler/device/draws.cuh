@@ -49,8 +49,8 @@ MIRAGE_DEVICE float score_of(float logit, float inverse_temperature, uint32_t bi
   return __fadd_rn(__fmul_rn(logit, inverse_temperature), gumbel(bits));
 }
 
-// No less than score_of the same: with v in (0, 1), -ln(-ln(1 - v)) <= -ln v, gumbel is within 1e-5 of the left side
-// where the two are close, lg2.approx within 2^-22 of 32, and rounded sums keep their order.
+// No less than score_of the same. With v in (0, 1), -ln(-ln(1 - v)) <= -ln v; where the two are close, gumbel is within
+// 1e-5 of the left one; lg2.approx is within 2^-22 of up to 32; and rounded sums keep the order of their terms.
 MIRAGE_DEVICE float score_bound(float logit, float inverse_temperature, uint32_t bits) {
   constexpr float kLn2 = 0.69314718f, kMargin = 1e-4f;
   float log2;
@@ -58,10 +58,29 @@ MIRAGE_DEVICE float score_bound(float logit, float inverse_temperature, uint32_t
   return __fadd_rn(__fmul_rn(logit, inverse_temperature), (32.f - log2) * kLn2 + kMargin);
 }
 
+// A warp's logits whose scores are asked for.
+struct DrawQueue {
+  float logit[2 * kWarp];
+  uint32_t token[2 * kWarp];
+  uint32_t column[2 * kWarp];
+};
+
+// Makes a token one of the CTA's two best of its column, if it is. In whatever order tokens come, the two are the same.
+MIRAGE_DEVICE uint64_t offer_draw(Draws& d, int column, uint32_t token, float logit) {
+  const float score = score_of(logit, d.inverse_temperature[column], random_bits(d.random[column], token));
+  const uint64_t rank = ranked(order_key(score), token);
+  if (key_of(rank) >= d.second[column]) {
+    // Of two that meet, the lower is second at best.
+    const uint64_t old = atomicMax(&d.best[column], rank);
+    atomicMax(&d.second[column], key_of(min(old, rank)));
+  }
+  return rank;
+}
+
 // Offers a tile of the head's logits, as the tensor core leaves them: value i of a lane is of column column_of(i) and
 // of token `row` or `row` + 8. All lanes of a warp call it together.
 template <int C, int kVocab, class R>
-MIRAGE_DEVICE void draw_from(Context<R>& x, const float (&logits)[ceil_div(C, 8)][4], uint32_t row) {
+MIRAGE_DEVICE void draw_from(Context<R>& x, DrawQueue& queue, const float (&logits)[ceil_div(C, 8)][4], uint32_t row) {
   constexpr int kValues = ceil_div(C, 8) * 4;
   auto column_of = [&](int i) { return i / 4 * 8 + x.at.lane % 4 * 2 + i % 2; };
   auto token_at = [&](int i) { return row + i / 2 % 2 * 8; };
@@ -82,34 +101,37 @@ MIRAGE_DEVICE void draw_from(Context<R>& x, const float (&logits)[ceil_div(C, 8)
     const bool out = bound < number_of_key(d.second[c]);
     if (inverse > 0.f && token < kVocab && !out) near |= 1u << i;
   }
-  // Rarely, but for the first tiles: one value at a time, for all lanes that have it.
+  // A score takes long and few are asked for: the lanes share them out.
+  int waiting = 0;
 #pragma unroll 1
-  for (uint32_t left = __reduce_or_sync(~0u, near); left != 0; left &= left - 1) {
-    const int i = __ffs(left) - 1, c = column_of(i);
-    float logit = 0.f;
+  for (uint32_t left = __reduce_or_sync(~0u, near); left != 0 || waiting > 0;) {
+    if (left != 0) {
+      const int i = __ffs(left) - 1;
+      left &= left - 1;
+      const bool mine = near >> i & 1;
+      const uint32_t lanes = __ballot_sync(~0u, mine);
+      if (mine) {
+        float logit = 0.f;
 #pragma unroll
-    for (int j = 0; j < kValues; j++) logit = i == j ? logits[j / 4][j % 4] : logit;
-    uint64_t best = 0;
-    if (near >> i & 1) {
-      const float score = score_of(logit, d.inverse_temperature[c], random_bits(d.random[c], token_at(i)));
-      best = ranked(order_key(score), token_at(i));
+        for (int j = 0; j < kValues; j++) logit = i == j ? logits[j / 4][j % 4] : logit;
+        const int at = waiting + __popc(lanes & ((1u << x.at.lane) - 1));
+        queue.logit[at] = logit;
+        queue.token[at] = token_at(i);
+        queue.column[at] = column_of(i);
+      }
+      waiting += __popc(lanes);
+      __syncwarp();
     }
-    // Lanes with the same lane % 4 hold the same column.
-    uint32_t second = 0;
-#pragma unroll
-    for (int o = 4; o < kWarp; o *= 2) {
-      const uint64_t other = __shfl_xor_sync(~0u, best, o);
-      const float other_logit = __shfl_xor_sync(~0u, logit, o);
-      const uint32_t of_other = __shfl_xor_sync(~0u, second, o);
-      second = max(max(second, of_other), key_of(min(best, other)));
-      logit = other > best ? other_logit : logit;
-      best = max(best, other);
-    }
-    if (x.at.lane < 4 && best != 0) {
-      const uint64_t old = atomicMax(&d.best[c], best);
-      atomicMax(&d.second[c], max(second, key_of(min(old, best))));
-      // Whoever becomes the CTA's best last has written last among its warp's.
-      if (best > old) d.logit[c][x.at.warp] = logit;
+    if (left == 0 || waiting >= kWarp) {
+      const int count = min_of(waiting, kWarp);
+      waiting -= count;
+      const int at = waiting + x.at.lane;
+      const bool mine = x.at.lane < count;
+      const uint64_t rank = mine ? offer_draw(d, queue.column[at], queue.token[at], queue.logit[at]) : 0;
+      // Once all are in, one of them at most finds itself the best, and better than the warp's last that did.
+      __syncwarp();
+      if (mine && d.best[queue.column[at]] == rank) d.logit[queue.column[at]][x.at.warp] = queue.logit[at];
+      __syncwarp();
     }
   }
 }

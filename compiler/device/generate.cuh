@@ -225,6 +225,7 @@ MIRAGE_DEVICE void generate(const Params& params) {
     uint4* candidates = candidates_of<Model>(params, parity);
     x.mark(Mark::kHead);
     lm_head<typename Model::Head, C, Mesh>(x, candidates, cancelled_by_host(x) != 0, last);
+    prefetch_logits<typename Model::Head, C, Mesh>(x);
     x.mark(Mark::kLogits);
     const bool stop = collect_candidates<typename Model::Head, C, Mesh>(x, candidates, last);
     x.mark(Mark::kCandidates);

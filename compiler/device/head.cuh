@@ -19,6 +19,7 @@ MIRAGE_DEVICE void lm_head(Context<R>& x, uint4* words, bool cancelled, uint32_t
   static_assert(H::kWarpK == 1, "a warp of the head holds whole rows");
   constexpr int kColumnTiles = Product<H, C>::kColumnTiles;
   const Slice slice = head_slice<H, Mesh>(x.at.cta);
+  Choices<C>& choices = choices_of<C>(x);
   float scale[kColumnTiles][2];
   Candidate best[kColumnTiles][2];
 #pragma unroll
@@ -52,11 +53,10 @@ MIRAGE_DEVICE void lm_head(Context<R>& x, uint4* words, bool cancelled, uint32_t
             if (x.columns.logits[column]) x.columns.logits[column][token] = logit;
           }
         }
-      draw_from<C, H::kVocab>(x, product.v[m], row);
+      draw_from<C, H::kVocab>(x, choices.queues[x.at.warp], product.v[m], row);
     }
   }
   // Lanes with the same lane % 4 hold the same columns.
-  Choices<C>& choices = choices_of<C>(x);
 #pragma unroll
   for (int n = 0; n < kColumnTiles; n++)
 #pragma unroll

@@ -121,6 +121,24 @@ struct Asking {
   }
 };
 
+// Asks L2 for the logits that ask_about_draws will read: since the first of them were written, the head's weights have
+// gone through it. To be called while candidates are on their way.
+template <class H, int C, class Mesh, class R>
+MIRAGE_DEVICE void prefetch_logits(const Context<R>& x) {
+  typedef WarpsOfColumns<C> W;
+  constexpr int kOfLine = 128 / sizeof(float);
+  const Share rows = head_slice<H, Mesh>(x.at.cta).rows;
+  const int begin = rows.begin * 16, end = min_of((rows.begin + rows.count) * 16, H::kVocab);
+#pragma unroll 1
+  for (int i = 0; i < W::kColumns; i++) {
+    const int column = W::column(x.at, i);
+    if (!by_mass(x, column) && !by_count<H::kVocab>(x, column)) continue;
+#pragma unroll 1
+    for (int token = begin + W::lane(x.at) * kOfLine; token < end; token += W::kStride * kOfLine)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(x.columns.logits[column] + token));
+  }
+}
+
 // Chooses the tokens of the columns that are drawn, or leaves them open. `words`: of masses, one of each column and
 // CTA, and behind these of counts.
 template <class H, int C, class Mesh, class R>

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use mirage_compiler::cost::WORDS_IN_FLIGHT;
 use mirage_compiler::program::{
-    CHOICE_BYTES, CONSUMER_WARPS, DRAW_BYTES, MOST_HEADS, STRIPE, THREADS, VALUES_PER_WORD,
+    CHOICE_BYTES, CONSUMER_WARPS, DRAW_BYTES, MOST_HEADS, QUEUE_BYTES, STRIPE, THREADS,
+    VALUES_PER_WORD,
 };
 
 /// The constants of a header that are numbers, sums or products of what stands above them.
@@ -43,11 +44,9 @@ fn the_device_library_agrees() {
     let context = include_str!("../device/context.cuh");
     check(&format!("{prelude}{context}"), "kDrawBytes", DRAW_BYTES);
     let candidates = include_str!("../device/candidates.cuh");
-    check(
-        &format!("{prelude}{candidates}"),
-        "kChoiceBytes",
-        CHOICE_BYTES,
-    );
+    let candidates = format!("{prelude}{candidates}");
+    check(&candidates, "kChoiceBytes", CHOICE_BYTES);
+    check(&candidates, "kQueueBytes", QUEUE_BYTES);
     let words = include_str!("../device/words.cuh");
     check(words, "kValuesPerWord", VALUES_PER_WORD);
     let exchange = include_str!("../device/exchange.cuh");

@@ -48,6 +48,8 @@ const ALIGN: usize = 128;
 /// Bytes of a column between the head and the next step: the best logit of each warp and of all, how far it is, the draws,
 /// masses and counts of each warp (`device/candidates.cuh`, `Choices`).
 pub const CHOICE_BYTES: usize = 40 + 36 * CONSUMER_WARPS;
+/// Bytes of the warps' queues of draws: a logit, a token and a column of 64 (`device/draws.cuh`, `DrawQueue`).
+pub const QUEUE_BYTES: usize = 768 * CONSUMER_WARPS;
 /// Bytes of what a column samples with and has drawn (`device/context.cuh`, `Draws`).
 pub const DRAW_BYTES: usize = 32 + 4 * CONSUMER_WARPS;
 
@@ -91,7 +93,7 @@ pub(super) fn regions(
         linear.tiling.warp_k() * columns * (linear.tiling.pass_tiles * 16 + 4) * 4
     };
     let warp_results = CONSUMER_WARPS * attention.heads_per_task * (attention.head_dim + 4) * 4;
-    let choices = decode * CHOICE_BYTES + 8;
+    let choices = decode * CHOICE_BYTES + QUEUE_BYTES + 4;
     // The sampler's histograms and thresholds take the activation's place (`device/radix.cuh`).
     let sampling = decode * (2 * 256 * 4 + 4 + 4 + 8);
     let scratch = linears

@@ -18,7 +18,7 @@ use crate::fuse::{Epilogue, Rope, Weight, WeightId};
 use crate::mesh::{Mesh, Placement, Share, Split, share};
 use crate::plan::{Plan, StreamForm};
 
-pub use layout::{CHOICE_BYTES, DRAW_BYTES, Region, SharedLayout};
+pub use layout::{CHOICE_BYTES, DRAW_BYTES, QUEUE_BYTES, Region, SharedLayout};
 pub use lower::ProgramError;
 pub use stream::{Block, Element, TILE_BYTES, Tile};
 pub use verify::{Rule, Violation};

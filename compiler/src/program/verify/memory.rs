@@ -234,9 +234,11 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
     });
     // attention.cuh, WarpResult: a head's values, maximum and sum of every warp, f32, padded to four.
     let results = CONSUMER_WARPS * a.heads_per_task * (a.head_dim + 4) * 4;
-    // candidates.cuh, Choices: per column candidates of the warps, the winner, its state, three draws, four masses and
+    // candidates.cuh, Choices: of each warp 64 logits, tokens and columns; per column candidates of the warps, the winner, its state, three draws, four masses and
     // three counts of each warp.
-    let choices = decode * (8 * CONSUMER_WARPS + 8 + 8 + 3 * 8 + (16 + 12) * CONSUMER_WARPS) + 4;
+    let choices = decode * (8 * CONSUMER_WARPS + 8 + 8 + 3 * 8 + (16 + 12) * CONSUMER_WARPS)
+        + 4
+        + CONSUMER_WARPS * 64 * 3 * 4;
     // radix.cuh, in place of the activation: per column two histograms, a prefix, a floor and a 64-bit target.
     let sampling = decode * (2 * 256 * 4 + 4 + 4 + 8);
     // context.cuh, padded: a row of bf16 has 16 bytes more than it holds.
