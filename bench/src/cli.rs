@@ -91,6 +91,10 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
 
+    /// Plan with what mirage-calibrate measured on this GPU [default: the H100's constants, scaled]
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
+
     /// Of the prompts' order and of sampling; equal seeds give equal work.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,

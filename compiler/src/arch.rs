@@ -10,6 +10,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cost::Machine;
+
 /// A GPU architecture as NVRTC names it (`sm_90a`).
 ///
 /// The `a` targets hold the instructions of exactly one generation
@@ -175,6 +177,8 @@ pub struct GpuModel {
     pub hbm_gbps: f64,
     /// Where `hbm_gbps` comes from.
     pub hbm_source: Provenance,
+    /// What its parts cost, where a profile of it was read; else it is derived from the H100's.
+    pub machine: Option<Machine>,
 }
 
 const KIB: u32 = 1 << 10;
@@ -190,6 +194,7 @@ pub const GPU_MODELS: &[GpuModel] = &[
         l2_bytes: 40 * MIB,
         hbm_gbps: 2039.0,
         hbm_source: Provenance::Datasheet,
+        machine: None,
     },
     GpuModel {
         name: "RTX 3090",
@@ -199,6 +204,7 @@ pub const GPU_MODELS: &[GpuModel] = &[
         l2_bytes: 6 * MIB,
         hbm_gbps: 936.0,
         hbm_source: Provenance::Datasheet,
+        machine: None,
     },
     GpuModel {
         name: "RTX 4090",
@@ -208,6 +214,7 @@ pub const GPU_MODELS: &[GpuModel] = &[
         l2_bytes: 72 * MIB,
         hbm_gbps: 1008.0,
         hbm_source: Provenance::Datasheet,
+        machine: None,
     },
     GpuModel {
         name: "H100 SXM",
@@ -218,6 +225,7 @@ pub const GPU_MODELS: &[GpuModel] = &[
         // The data sheet says 3350.
         hbm_gbps: 3060.0,
         hbm_source: Provenance::Measured,
+        machine: None,
     },
     GpuModel {
         name: "H200 SXM",
@@ -227,6 +235,7 @@ pub const GPU_MODELS: &[GpuModel] = &[
         l2_bytes: 50 * MIB,
         hbm_gbps: 4800.0,
         hbm_source: Provenance::Datasheet,
+        machine: None,
     },
     GpuModel {
         name: "B200",
@@ -236,6 +245,7 @@ pub const GPU_MODELS: &[GpuModel] = &[
         l2_bytes: 126 * MIB,
         hbm_gbps: 8000.0,
         hbm_source: Provenance::Datasheet,
+        machine: None,
     },
     GpuModel {
         name: "RTX 5090",
@@ -245,6 +255,7 @@ pub const GPU_MODELS: &[GpuModel] = &[
         l2_bytes: 96 * MIB,
         hbm_gbps: 1792.0,
         hbm_source: Provenance::Datasheet,
+        machine: None,
     },
 ];
 
@@ -257,6 +268,16 @@ impl GpuModel {
             name: "CPU",
             sms: 8,
             ..GpuModel::default_for(Arch::Sm90a)
+        }
+    }
+
+    /// The same GPU with constants measured on it.
+    pub fn with_machine(self, machine: Machine) -> GpuModel {
+        GpuModel {
+            hbm_gbps: machine.stream.gbps,
+            hbm_source: Provenance::Measured,
+            machine: Some(machine),
+            ..self
         }
     }
 

@@ -84,7 +84,7 @@ impl CudaSource {
 }
 
 /// The device library that every kernel needs, as an architecture has it.
-fn headers_for(arch: Arch) -> Vec<(String, String)> {
+pub(crate) fn headers_for(arch: Arch) -> Vec<(String, String)> {
     let arch_text = match arch {
         Arch::Sm80 | Arch::Sm86 | Arch::Sm89 => ARCH_SM_80,
         Arch::Sm90a | Arch::Sm100a | Arch::Sm120a => ARCH_SM_90,

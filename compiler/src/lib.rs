@@ -17,6 +17,7 @@
 //! [`driver::Compilation::build`] makes the cubin, and [`artifact::Artifact`] is what the runtime loads.
 pub mod arch;
 pub mod artifact;
+pub mod calibration;
 pub mod cost;
 pub mod cubin_cache;
 pub mod diagnostics;
@@ -28,6 +29,7 @@ pub mod mesh;
 pub mod nvrtc;
 pub mod ops;
 pub mod plan;
+pub mod profile;
 pub mod program;
 pub mod reference;
 pub mod typed;

@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use mirage_compiler::profile::Profile;
 use mirage_runtime::gpu::Gpu;
 
 use crate::cli::{Args, BaselineName, DEFAULT_PROMPTS, DeviceChoice};
@@ -26,6 +27,12 @@ pub(super) fn read_external(file: &Path) -> Result<External> {
     let text = fs::read_to_string(file)
         .with_context(|| format!("--external {} cannot be read", file.display()))?;
     Ok(external::read(&text, &file.to_string_lossy())?)
+}
+
+pub(super) fn read_profile(file: &Path) -> Result<Profile> {
+    let text = fs::read_to_string(file)
+        .with_context(|| format!("--profile {} cannot be read", file.display()))?;
+    Ok(Profile::parse(&text, &file.to_string_lossy())?)
 }
 
 /// The prompt file's name for people, and its bytes.

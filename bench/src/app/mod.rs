@@ -10,6 +10,7 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use mirage_compiler::profile::Profile;
 use mirage_runtime::baseline::LaunchMode;
 use mirage_runtime::gpu::Gpu;
 use mirage_runtime::megakernel::Form;
@@ -32,7 +33,8 @@ use crate::workload::{Answer, Workload};
 use crate::{derive, outputs, prompts};
 use header::{device_facts, header, probe};
 use inputs::{
-    check_baselines, of_categories, open_device, read_external, read_prompts, read_results,
+    check_baselines, of_categories, open_device, read_external, read_profile, read_prompts,
+    read_results,
 };
 
 /// How a run ended.
@@ -79,6 +81,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
         .iter()
         .map(|file| read_external(file))
         .collect::<Result<Vec<External>>>()?;
+    let profile = args.profile.as_deref().map(read_profile).transpose()?;
     let (file, bytes) = read_prompts(&args.prompts)?;
     let all = prompts::parse(&bytes, &file)?;
     let chosen = of_categories(&all, &args.categories, &file)?;
@@ -117,7 +120,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<Outcome> {
     };
     let device = device_facts(gpu.as_ref());
     let mut results = header(args, &model, device, prompt_facts, fallback);
-    let mut sides = sides(args, &model, gpu.as_ref());
+    let mut sides = sides(args, &model, gpu.as_ref(), profile.as_ref());
     results.sides = sides.iter().map(|side| side.facts()).collect();
 
     let harness = Harness {
@@ -293,9 +296,14 @@ fn schedule(args: &Args, depths: &[usize], model: &Model) -> Schedule {
 }
 
 /// Mirage first, then the baselines from the plainest to the strongest.
-fn sides<'a>(args: &Args, model: &'a Model, gpu: Option<&Gpu>) -> Vec<Box<dyn Side + 'a>> {
+fn sides<'a>(
+    args: &Args,
+    model: &'a Model,
+    gpu: Option<&Gpu>,
+    profile: Option<&'a Profile>,
+) -> Vec<Box<dyn Side + 'a>> {
     let mut sides: Vec<Box<dyn Side + 'a>> = Vec::new();
-    let mirage = gpu.map(|gpu| SharedMirage::new(model, gpu));
+    let mirage = gpu.map(|gpu| SharedMirage::new(model, gpu, profile));
     if !args.skip_mirage {
         sides.push(match &mirage {
             Some(mirage) => Box::new(MirageGpu::new(mirage, Form::Persistent)),

@@ -8,11 +8,13 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use anyhow::anyhow;
+use mirage_compiler::arch::GpuModel;
 use mirage_compiler::cubin_cache;
 use mirage_compiler::driver::{CompileError, compile};
 use mirage_compiler::emit::phased_source;
 use mirage_compiler::nvrtc::{Options, Source};
 use mirage_compiler::plan::Target;
+use mirage_compiler::profile::Profile;
 use mirage_runtime::gpu::{Gpu, GpuError};
 use mirage_runtime::megakernel::{Form, Megakernel, MegakernelError};
 
@@ -25,6 +27,7 @@ use crate::side::{Generation, Interrupt, Shape, Side, SideError, Work};
 pub struct SharedMirage<'a> {
     model: &'a Model,
     gpu: Gpu,
+    profile: Option<&'a Profile>,
     loaded: Option<Loaded>,
 }
 
@@ -36,11 +39,16 @@ struct Loaded {
 }
 
 impl<'a> SharedMirage<'a> {
-    /// Loads nothing yet.
-    pub fn new(model: &'a Model, gpu: &Gpu) -> Rc<RefCell<SharedMirage<'a>>> {
+    /// Loads nothing yet. Plans are made with the profile's constants, if there is one.
+    pub fn new(
+        model: &'a Model,
+        gpu: &Gpu,
+        profile: Option<&'a Profile>,
+    ) -> Rc<RefCell<SharedMirage<'a>>> {
         Rc::new(RefCell::new(SharedMirage {
             model,
             gpu: gpu.clone(),
+            profile,
             loaded: None,
         }))
     }
@@ -65,15 +73,19 @@ impl<'a> SharedMirage<'a> {
             .ok_or_else(|| SideError::Failed(anyhow!("it was not prepared")))
     }
 
+    fn gpu_model(&self) -> anyhow::Result<GpuModel> {
+        let gpu = self.gpu.properties().model()?;
+        Ok(match self.profile {
+            Some(profile) => profile.apply(gpu)?,
+            None => gpu,
+        })
+    }
+
     fn load(&self, shape: Shape) -> Result<Loaded, SideError> {
         let begin = Instant::now();
         let model = self.model;
         let target = Target {
-            gpu: self
-                .gpu
-                .properties()
-                .model()
-                .map_err(|error| SideError::Failed(error.into()))?,
+            gpu: self.gpu_model().map_err(SideError::Failed)?,
             batch: shape.batch,
             max_seq: compiled_context(shape.context, model.facts.context),
         };

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use super::{Plan, StepPlan, StreamForm, Target};
-use crate::cost::{Machine, StepCost};
+use crate::cost::{Machine, Prediction, SearchConstants, StepCost};
 use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedOp, Input};
 use crate::mesh::{Mesh, Placement, Split};
 use crate::program::{
@@ -82,11 +82,13 @@ impl Plan {
                 found: attentions.len(),
             });
         };
+        let machine = Machine::of(&target.gpu);
         let search = Search {
             graph,
             target,
             attention,
-            machine: Machine::of(&target.gpu),
+            machine,
+            costs: machine.search,
         };
         let mut plans = search.plans();
         plans.sort_by(|a, b| objective(a).total_cmp(&objective(b)));
@@ -117,6 +119,11 @@ impl Plan {
                 Err(error) => reason = reason.or(Some(error)),
             }
         }
+        let best = best.map(|(mut plan, mut program)| {
+            search.predict(&mut plan, &program);
+            program.plan = plan.clone();
+            (plan, program)
+        });
         best.ok_or_else(|| {
             reason
                 .unwrap_or(ProgramError::SharedMemory {
@@ -138,6 +145,7 @@ struct Search<'a> {
     target: &'a Target,
     attention: &'a FusedAttention,
     machine: Machine,
+    costs: SearchConstants,
 }
 
 /// What all plans of one set of placements share.
@@ -188,7 +196,7 @@ impl Search<'_> {
             prefill,
             decode,
             weight_bytes,
-            floor: weight_bytes as f64 / self.machine.stream,
+            floor: weight_bytes as f64 / self.machine.stream_rate(),
             considered: 0,
             nodes: self
                 .graph
@@ -397,7 +405,7 @@ impl Search<'_> {
     }
 
     fn cost(&self, frame: &Frame<'_>, step: &StepPlan, decode: bool) -> StepCost {
-        let (mesh, machine) = (&frame.mesh, &self.machine);
+        let (mesh, costs) = (&frame.mesh, &self.costs);
         let threads = CONSUMER_WARPS * 32;
         let (mut tiles, mut chain) = (0, 0.0);
         for (i, node) in self.graph.layer.iter().enumerate() {
@@ -430,7 +438,7 @@ impl Search<'_> {
             };
             let (row_tiles, k_tiles) = (over(rows, Split::Rows), over(columns, Split::Columns));
             tiles += row_tiles * k_tiles;
-            chain += machine.linear + machine.pass * row_tiles.div_ceil(4).saturating_sub(1) as f64;
+            chain += costs.linear + costs.pass * row_tiles.div_ceil(4).saturating_sub(1) as f64;
             let outputs = if linear.epilogue == Epilogue::SwiGlu {
                 rows / 2
             } else {
@@ -444,14 +452,16 @@ impl Search<'_> {
             self.target.depth()
         };
         let kv_bytes = positions * 2 * self.attention.kv_heads * self.attention.head_dim * 2;
-        let layer_stream = (tiles * TILE_BYTES * mesh.workers() + kv_bytes) as f64 / machine.stream;
-        let layer = machine.overlap(layer_stream, chain);
+        let layer_stream =
+            (tiles * TILE_BYTES * mesh.workers() + kv_bytes) as f64 / self.machine.stream_rate();
+        let layer = costs.overlap(layer_stream, chain);
         let head = if decode {
             let head_tiles =
                 (self.graph.vocab / TILE).div_ceil(mesh.ctas) * self.graph.hidden / TILE;
-            (head_tiles * TILE_BYTES * mesh.ctas) as f64 / machine.stream + 2.0 * machine.hop
+            (head_tiles * TILE_BYTES * mesh.ctas) as f64 / self.machine.stream_rate()
+                + 2.0 * costs.hop
         } else {
-            machine.hop
+            costs.hop
         };
         let total = layer * self.graph.layers as f64 + head;
         StepCost {
@@ -466,14 +476,15 @@ impl Search<'_> {
     /// Adds to the prediction what the program's ring costs: small pages keep too few bytes in flight, and each is some
     /// work to use up.
     fn add_ring(&self, plan: &mut Plan, program: &Program) {
-        let (machine, ring, mesh) = (&self.machine, &program.ring, &plan.mesh);
+        let (costs, ring, mesh) = (&self.costs, &program.ring, &plan.mesh);
+        let whole = self.machine.stream_rate();
         let pages = |linear: &Linear| {
             let t = &linear.tiling;
             t.passes * t.k.div_ceil(t.page_k)
         };
         let stretched = |stream: f64, ctas: usize, pages: usize, in_flight: usize| {
-            let rate = machine.ring_rate(in_flight * ring.page_bytes, ctas);
-            (stream * machine.stream / rate).max(pages as f64 * machine.page)
+            let rate = costs.ring_rate(whole, in_flight * ring.page_bytes, ctas);
+            (stream * whole / rate).max(pages as f64 * costs.page)
         };
         let of_layer: usize = program.linears.iter().map(pages).sum();
         let [prefill, decode] = program.steps().map(|(_, step)| program.exchanges(step));
@@ -484,8 +495,8 @@ impl Search<'_> {
             let cost = &mut step.cost;
             cost.layer_stream =
                 stretched(cost.layer_stream, mesh.workers(), of_layer, ring.in_flight)
-                    + machine.stalls(ring, exchanges, mesh.workers());
-            cost.layer = machine.overlap(cost.layer_stream, cost.layer_chain);
+                    + costs.stalls(whole, ring, exchanges, mesh.workers());
+            cost.layer = costs.overlap(cost.layer_stream, cost.layer_chain);
             if with_head {
                 cost.head = stretched(
                     cost.head,
@@ -495,6 +506,16 @@ impl Search<'_> {
                 );
             }
             cost.total = cost.layer * self.graph.layers as f64 + cost.head;
+        }
+    }
+
+    /// Replaces what the plan was chosen by with what the phases of its program are predicted to take.
+    fn predict(&self, plan: &mut Plan, program: &Program) {
+        for (step, decode) in [(&mut plan.prefill, false), (&mut plan.decode, true)] {
+            let predicted = Prediction::new(program, &self.machine, decode, self.target.depth());
+            step.cost.layer = predicted.phases.iter().sum();
+            step.cost.head = predicted.head;
+            step.cost.total = predicted.total;
         }
     }
 
@@ -508,17 +529,17 @@ impl Search<'_> {
         outputs: usize,
         threads: usize,
     ) -> f64 {
-        let (mesh, machine) = (&frame.mesh, &self.machine);
+        let (mesh, costs) = (&frame.mesh, &self.costs);
         let partials = |split: Split, size: usize| if split == Split::Columns { size } else { 1 };
         let sums =
             partials(placement.groups, mesh.groups) * partials(placement.members, mesh.members);
         let words = step.columns * outputs.div_ceil(VALUES_PER_WORD);
         match linear.epilogue {
             Epilogue::AddResidual => match step.stream {
-                StreamForm::Replicated => machine.exchange(words * sums, threads),
+                StreamForm::Replicated => costs.exchange(words * sums, threads),
                 StreamForm::Scattered => {
-                    machine.exchange((words * sums).div_ceil(mesh.workers()), threads)
-                        + machine.exchange(words, threads)
+                    costs.exchange((words * sums).div_ceil(mesh.workers()), threads)
+                        + costs.exchange(words, threads)
                 }
             },
             // Read by the group, or by all where the next linear does not split its columns over the groups.
@@ -526,18 +547,18 @@ impl Search<'_> {
                 let reader = self.stream_placement(frame);
                 let all = linear.epilogue == Epilogue::SwiGlu && reader.groups == Split::Rows;
                 let parts = if all { 1 } else { mesh.groups };
-                machine.exchange(words.div_ceil(parts) * sums, threads)
+                costs.exchange(words.div_ceil(parts) * sums, threads)
             }
         }
     }
 
     fn attention_cost(&self, frame: &Frame<'_>, step: &StepPlan) -> f64 {
-        let (mesh, machine, a) = (&frame.mesh, &self.machine, self.attention);
+        let (mesh, costs, a) = (&frame.mesh, &self.costs, self.attention);
         let heads = a.heads / mesh.groups;
         let tasks = step.columns * heads / frame.heads_per_task * step.kv_splits;
         let stripes = self.target.depth().div_ceil(STRIPE);
         let active = stripes.min(step.kv_splits);
-        let of_batch = machine.kv_batch + machine.kv_head * frame.heads_per_task as f64;
+        let of_batch = costs.kv_batch + costs.kv_head * frame.heads_per_task as f64;
         let task = stripes.div_ceil(active) as f64 * of_batch;
         let heads_of_reader = if self.stream_placement(frame).groups == Split::Rows {
             a.heads
@@ -546,9 +567,9 @@ impl Search<'_> {
         };
         let copies = if step.kv_splits > 1 { 2 * active } else { 1 };
         let words = step.columns * heads_of_reader * a.head_dim.div_ceil(VALUES_PER_WORD) * copies;
-        machine.attention * tasks.div_ceil(mesh.members) as f64
+        costs.attention * tasks.div_ceil(mesh.members) as f64
             + task * tasks.div_ceil(mesh.members) as f64
-            + machine.exchange(words, CONSUMER_WARPS * 32)
+            + costs.exchange(words, CONSUMER_WARPS * 32)
     }
 }
 

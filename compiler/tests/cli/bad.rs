@@ -292,3 +292,30 @@ fn an_output_file_in_the_way_is_named() {
         assert!(failed.stderr.starts_with(&expect), "{}", failed.stderr);
     }
 }
+
+#[test]
+fn profiles_that_are_wrong() {
+    let check = |profile: &str, expect: &[&str]| {
+        let files: &[(&str, &[u8])] = &[("p.ron", profile.as_bytes())];
+        let args = ["qwen3.ron", "--profile", "p.ron"];
+        check_error(files, &args, 1, expect);
+    };
+    check("", &["p.ron:1:1: ", "\nhelp: ", "mirage-calibrate"]);
+    let h100 = include_str!("../../../profiles/h100.ron");
+    check(
+        &h100.replace("(9, 0)", "(7, 5)"),
+        &["compute capability 7.5, which mirage does not compile for"],
+    );
+    check_error(
+        &[],
+        &["qwen3.ron", "--profile", "none.ron"],
+        1,
+        &["none.ron cannot be read: ", "mirage-calibrate"],
+    );
+    check_error(
+        &[("p.ron", h100.as_bytes())],
+        &["qwen3.ron", "--profile", "p.ron", "--arch", "sm_80"],
+        2,
+        &["--profile <FILE>", "--arch"],
+    );
+}

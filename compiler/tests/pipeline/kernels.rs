@@ -3,7 +3,8 @@
 //!
 //! NVRTC compiles one program at a time in a process, so there is nothing to gain from threads here.
 
-use mirage_compiler::arch::Arch;
+use mirage_compiler::arch::{Arch, GpuModel};
+use mirage_compiler::calibration;
 use mirage_compiler::emit::{
     CudaSource, ENTRY, PhasedSource, REPACK_ENTRY, cuda_source, phased_source,
 };
@@ -139,4 +140,26 @@ fn llama3_compiles() {
 #[test]
 fn the_tiny_model_compiles() {
     check("tiny", Arch::Sm90a, 1);
+}
+
+/// What mirage-calibrate runs, on every kind of GPU: rings of 128 KB, and of what a small SM has room for.
+#[test]
+fn the_calibration_compiles() {
+    for arch in [Arch::Sm80, Arch::Sm90a, Arch::Sm120a] {
+        let gpu = GpuModel::default_for(arch);
+        let source = calibration::source(&gpu);
+        let cuda = CudaSource {
+            text: source.text,
+            headers: source.headers,
+        };
+        let names = compile_clean(&format!("calibration, {arch}"), cuda, arch);
+        assert!(
+            names.contains(&calibration::BARRIER.to_owned()),
+            "{names:?}"
+        );
+        assert!(
+            names.contains(&calibration::stream_entry(16 << 10, 2)),
+            "{names:?}"
+        );
+    }
 }

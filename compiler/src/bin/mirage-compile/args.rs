@@ -11,7 +11,8 @@ const EXAMPLES: &str = "\
 Examples:
   mirage-compile graphs/qwen3.ron                          Qwen3-0.6B for an H100
   mirage-compile graphs/qwen3.ron --model ~/Qwen3-8B       the sizes of a checkpoint
-  mirage-compile graphs/qwen3.ron --arch sm_80 --batch 8   for an A100, eight sequences at once";
+  mirage-compile graphs/qwen3.ron --arch sm_80 --batch 8   for an A100, eight sequences at once
+  mirage-compile graphs/qwen3.ron --profile mine.ron       for the GPU that mirage-calibrate measured";
 
 /// What a run's exit code says.
 const EXIT_CODES: &str = "\
@@ -44,6 +45,10 @@ pub(crate) struct Args {
     /// sm_100a (B200) or sm_120a (RTX 5090).
     #[arg(long, default_value_t = Arch::Sm90a)]
     pub(crate) arch: Arch,
+
+    /// Compile for the GPU that mirage-calibrate measured, with its constants [default: the H100's, scaled to --arch]
+    #[arg(long, value_name = "FILE", conflicts_with = "arch")]
+    pub(crate) profile: Option<PathBuf>,
 
     /// Sequences that are generated at once, 1 to 16.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = up_to(Target::MAX_COLUMNS))]

@@ -8,13 +8,15 @@ use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::Path;
 
+use mirage_compiler::arch::GpuModel;
 use mirage_compiler::artifact::{Artifact, CUBIN_FILE, MANIFEST_FILE, SOURCE_FILE};
 use mirage_compiler::driver::{Compilation, CompileError};
+use mirage_compiler::profile::Profile;
 use mirage_compiler::typed::ModelConfig;
 
 use crate::Failure;
 
-/// Largest graph or config.json that is read, in bytes: what is larger is something else.
+/// Largest graph, profile or config.json that is read, in bytes: what is larger is something else.
 const LARGEST: u64 = 4 << 20;
 
 /// Names of the stages' dumps, in the order of the stages.
@@ -46,6 +48,19 @@ pub(crate) fn read_config(model: Option<&Path>) -> Result<ModelConfig, Failure> 
         ))
     })?;
     Ok(ModelConfig::parse(&text, &path.to_string_lossy()).map_err(CompileError::from)?)
+}
+
+/// The GPU that a profile is of.
+pub(crate) fn read_profile(path: &Path) -> Result<GpuModel, Failure> {
+    let text = read(path).map_err(|reason| {
+        Failure::Files(format!(
+            "{} cannot be read: {reason}; --profile takes a file that mirage-calibrate wrote",
+            path.display()
+        ))
+    })?;
+    Profile::parse(&text, &path.to_string_lossy())
+        .and_then(|profile| profile.gpu_model())
+        .map_err(|error| Failure::Files(error.to_string()))
 }
 
 /// A whole text file, or why not.

@@ -78,8 +78,12 @@ fn run(args: &Args) -> Result<(), Failure> {
     let start = Instant::now();
     let text = files::read_graph(&args.graph)?;
     let config = files::read_config(args.model.as_deref())?;
+    let gpu = match &args.profile {
+        Some(path) => files::read_profile(path)?,
+        None => GpuModel::default_for(args.arch),
+    };
     let target = Target {
-        gpu: GpuModel::default_for(args.arch),
+        gpu,
         batch: args.batch as usize,
         max_seq: args.max_seq as usize,
     };
@@ -96,7 +100,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     let progress = terminal::progress(format_args!(
         "compiling {} for {} (a few seconds, once) ...",
         mirage_compiler::artifact::SOURCE_FILE,
-        args.arch
+        target.gpu.arch
     ));
     let built = compilation.build();
     drop(progress);

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use mirage_compiler::artifact::{CUBIN_FILE, MANIFEST_FILE, SOURCE_FILE};
+use mirage_compiler::cost::{Machine, Prediction};
 use mirage_compiler::driver::{Build, Compilation};
 use mirage_compiler::plan::StepPlan;
 use mirage_compiler::program::{Linear, Step, THREADS};
@@ -177,7 +178,32 @@ impl Summary<'_> {
         row("decode", plan.weight_bytes, &plan.decode, &program.decode)?;
         // A prefill step makes no token, so it does not read the head.
         let layers = plan.weight_bytes.saturating_sub(head);
-        row("prefill", layers, &plan.prefill, &program.prefill)
+        row("prefill", layers, &plan.prefill, &program.prefill)?;
+        self.write_prediction(f)
+    }
+
+    /// Where a decode step is predicted to go.
+    fn write_prediction(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Compilation {
+            target, program, ..
+        } = self.compilation;
+        let depth = target.depth();
+        let predicted = Prediction::new(program, &Machine::of(&target.gpu), true, depth);
+        self.line(
+            f,
+            "phases",
+            format_args!(
+                "of a decode step at position {depth}, predicted: {} layers of {:.1} us, and the head in {:.1} us",
+                program.layers,
+                predicted.phases.iter().sum::<f64>(),
+                predicted.head
+            ),
+        )?;
+        for (phase, time) in program.decode.layer.iter().zip(&predicted.phases) {
+            let name = self.terminal.faint(program.describe(phase));
+            self.line(f, "", format_args!("  {time:5.2} us  {name}"))?;
+        }
+        Ok(())
     }
 
     fn write_kernel(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -27,11 +27,13 @@ fn plans(graph: &FusedGraph, batch: usize) -> Vec<Plan> {
             FusedOp::Linear(_) => None,
         })
         .unwrap();
+    let machine = Machine::of(&target.gpu);
     let search = Search {
         graph,
         target: &target,
         attention,
-        machine: Machine::of(&target.gpu),
+        machine,
+        costs: machine.search,
     };
     let mut plans = search.plans();
     plans.sort_by(|a, b| a.decode.cost.total.total_cmp(&b.decode.cost.total));
