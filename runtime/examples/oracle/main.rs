@@ -9,9 +9,11 @@
 //! cargo run --release -p mirage-runtime --example oracle -- load GRAPH MODEL BATCH MAX_SEQ [BUFFERS MB]
 //! ```
 //!
+//! With `--profile FILE` ahead of the command, plans are made with what `mirage-calibrate` measured.
+//!
 //! `score` runs the prompts `BATCH` at a time; `oracle/check.py` judges the file. `score-cpu` does the same with the CPU
 //! executor; all others need a GPU. `steps` prints the median time of a
-//! decode step at a position over five runs, greedy and sampled; `timeline` what each part of a step takes, greedy or sampled. `tokens` makes one generation of a full batch of prompts
+//! decode step at a position over five runs, greedy and sampled; `timeline` what each part of a step takes, greedy or sampled, and each phase beside its prediction. `tokens` makes one generation of a full batch of prompts
 //! of mixed lengths and checks that it repeats, alone and together: one launch each, for a profiler or a sanitizer. `load`
 //! measures loading the weights from files in the page cache, through so many staging buffers of so many megabytes, a thread each.
 
@@ -24,28 +26,43 @@ use std::path::Path;
 use std::time::Instant;
 
 use mirage_compiler::arch::GpuModel;
+use mirage_compiler::cost::Machine;
 use mirage_compiler::driver::{self, Compilation};
 use mirage_compiler::plan::Target;
+use mirage_compiler::profile::Profile;
 use mirage_compiler::typed::ModelConfig;
 use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::cpu::CpuModel;
 use mirage_runtime::generate::{Executor, GenerateRequest};
 use mirage_runtime::gpu::Gpu;
+use mirage_runtime::megakernel::timeline::Comparison;
 use mirage_runtime::megakernel::{Megakernel, Staging};
 use mirage_runtime::sampler::SamplingParams;
 
-const USAGE: &str = "score|score-cpu|steps|timeline|tokens|load GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION [TEMPERATURE] | NEW_TOKENS | [BUFFERS MB])";
+const USAGE: &str = "[--profile FILE] score|score-cpu|steps|timeline|tokens|load GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION [TEMPERATURE] | NEW_TOKENS | [BUFFERS MB])";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut profile = None;
+    if let ["--profile", file, ..] = args[..] {
+        profile = Some(Profile::parse(&fs::read_to_string(file)?, file)?);
+        args.drain(..2);
+    }
+    let gpu_model = |gpu: &Gpu| -> Result<GpuModel, Box<dyn Error>> {
+        let model = gpu.properties().model()?;
+        Ok(match &profile {
+            Some(profile) => profile.apply(model)?,
+            None => model,
+        })
+    };
     let (&[command, graph, model, batch, max_seq], rest) = args.split_first_chunk().ok_or(USAGE)?;
     let batch: usize = batch.parse()?;
     let max_seq: usize = max_seq.parse()?;
     let model = Path::new(model);
     let on_gpu = || -> Result<Megakernel, Box<dyn Error>> {
         let gpu = Gpu::open(0)?;
-        let compiled = compile(graph, model, gpu.properties().model()?, batch, max_seq)?;
+        let compiled = compile(graph, model, gpu_model(&gpu)?, batch, max_seq)?;
         load(&gpu, compiled, model)
     };
     match (command, rest) {
@@ -63,11 +80,12 @@ fn main() -> Result<(), Box<dyn Error>> {
                 _ => return Err(USAGE.into()),
             };
             let gpu = Gpu::open(0)?;
-            let mut compiled = compile(graph, model, gpu.properties().model()?, batch, max_seq)?;
+            let mut compiled = compile(graph, model, gpu_model(&gpu)?, batch, max_seq)?;
             compiled.source = compiled.source.traced();
+            let machine = Machine::of(&compiled.target.gpu);
             let mut kernel = load(&gpu, compiled, model)?;
             kernel.record_timeline()?;
-            timeline(&mut kernel, batch, position.parse()?, temperature)
+            timeline(&mut kernel, &machine, batch, position.parse()?, temperature)
         }
         ("load", sizes @ (&[] | &[_, _])) => {
             let mut staging = Staging::default();
@@ -76,7 +94,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 staging.bytes = megabytes.parse::<usize>()? << 20;
             }
             let gpu = Gpu::open(0)?;
-            let compiled = compile(graph, model, gpu.properties().model()?, batch, max_seq)?;
+            let compiled = compile(graph, model, gpu_model(&gpu)?, batch, max_seq)?;
             load::load(&gpu, &compiled.build()?.artifact, model, staging)
         }
         ("tokens", &[new_tokens]) => tokens(&mut on_gpu()?, batch, new_tokens.parse()?),
@@ -199,24 +217,31 @@ fn steps(kernel: &mut Megakernel, batch: usize, position: usize) -> Result<(), B
     Ok(())
 }
 
-/// Sixteen decode steps, part by part.
+/// Sixteen decode steps, part by part, and by phase beside the prediction.
 fn timeline(
     kernel: &mut Megakernel,
+    machine: &Machine,
     batch: usize,
     position: usize,
     temperature: f32,
 ) -> Result<(), Box<dyn Error>> {
+    const STEPS: usize = 16;
     let requests: Vec<GenerateRequest> = (0u32..)
         .take(batch)
         .map(|stream| GenerateRequest {
             sampling: sampling(temperature),
             stream,
-            ..GenerateRequest::greedy(prompt(kernel, stream as usize, position), 16)
+            ..GenerateRequest::greedy(prompt(kernel, stream as usize, position), STEPS)
         })
         .collect();
     kernel.generate_all(&requests)?;
     kernel.generate_all(&requests)?;
-    print!("{}", kernel.timeline()?);
+    let timeline = kernel.timeline()?;
+    print!("{timeline}");
+    let clock = timeline.clock_mhz(kernel.kernel_ms().unwrap_or(0.0));
+    let (clock, depth) = (clock.unwrap_or(machine.clock_mhz), position + STEPS / 2);
+    let compared = Comparison::new(&timeline, kernel.program(), machine, depth, clock);
+    print!("{compared}");
     Ok(())
 }
 

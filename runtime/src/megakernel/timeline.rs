@@ -8,6 +8,10 @@ use std::fmt;
 
 use mirage_compiler::program::{Phase, Program, Step};
 
+mod compare;
+
+pub use compare::Comparison;
+
 /// Events of a CTA that are recorded; later ones are dropped.
 pub const EVENTS: usize = 1 << 16;
 
@@ -34,6 +38,8 @@ const HEAD: u32 = 8;
 /// One part of a step, over all CTAs, layers and steps.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Part {
+    /// Its place in a step: 0 before the layers, the phases of a layer from 1 on, and one after these.
+    pub place: usize,
     /// The phase, or what comes before and after the layers.
     pub phase: String,
     /// The mark at its end; empty where the next phase begins.
@@ -53,6 +59,8 @@ pub struct Timeline {
     pub parts: [Vec<Part>; 2],
     /// Workers that were recorded.
     pub workers: usize,
+    /// Whether later events of a CTA did not fit.
+    pub cut_short: bool,
 }
 
 /// Where a CTA is.
@@ -71,6 +79,7 @@ impl Timeline {
         let mut parts: [BTreeMap<(usize, usize), Part>; 2] = Default::default();
         for events in trace.chunks_exact(2 * EVENTS).take(program.mesh.workers()) {
             timeline.workers += 1;
+            timeline.cut_short |= events.last().is_some_and(|mark| *mark != 0);
             let steps: [&Step; 2] = [&program.prefill, &program.decode];
             let mut walk: Option<Walk<'_>> = None;
             let mut last = 0;
@@ -100,6 +109,7 @@ impl Timeline {
                         },
                     );
                     let part = parts[walk.kind].entry(key).or_default();
+                    part.place = place;
                     part.phase = phase;
                     part.until = until;
                     part.clocks.push(clock.wrapping_sub(last));
@@ -135,6 +145,29 @@ impl Timeline {
         }
         timeline.parts = parts.map(|parts| parts.into_values().collect());
         timeline
+    }
+
+    /// The SMs' clock in MHz, where the whole generation was recorded and took so long.
+    pub fn clock_mhz(&self, milliseconds: f32) -> Option<f64> {
+        let all: f64 = self
+            .parts
+            .iter()
+            .flatten()
+            .flat_map(|part| &part.clocks)
+            .map(|&clocks| f64::from(clocks))
+            .sum();
+        let known = !self.cut_short && self.workers > 0 && milliseconds > 0.0;
+        known.then(|| all / self.workers as f64 / (f64::from(milliseconds) * 1e3))
+    }
+
+    /// Clocks of each place of a step, on average over the workers: a phase's are those of all layers.
+    fn clocks_of_places(&self, kind: usize, places: usize) -> Vec<f64> {
+        let mut clocks = vec![0.0; places];
+        for part in &self.parts[kind] {
+            let sum: f64 = part.clocks.iter().map(|&c| f64::from(c)).sum();
+            clocks[part.place] += sum / (self.steps[kind] * self.workers) as f64;
+        }
+        clocks
     }
 }
 
@@ -187,6 +220,7 @@ impl fmt::Display for Timeline {
 #[cfg(test)]
 mod tests {
     use mirage_compiler::arch::GpuModel;
+    use mirage_compiler::cost::Machine;
     use mirage_compiler::plan::{Plan, Target};
     use mirage_testing::{Sizes, qwen3};
 
@@ -250,5 +284,19 @@ mod tests {
         let found = parts.iter().find(|part| part.phase == last).unwrap();
         assert_eq!(found.clocks.len(), 2 * program.layers);
         assert!(timeline.to_string().contains(&last));
+
+        // Before the layers, each phase in every layer, the head in two parts.
+        let phases = program.decode.layer.len();
+        let mut expect = vec![10.0 * program.layers as f64; phases + 2];
+        (expect[0], expect[phases + 1]) = (10.0, 15.0);
+        assert_eq!(timeline.clocks_of_places(1, phases + 2), expect);
+        let machine = Machine::of(&target.gpu);
+        let all = (10 * (events - 1)) as f64;
+        assert_eq!(timeline.clock_mhz(0.5), Some(all / 500.0));
+        assert_eq!((timeline.cut_short, timeline.clock_mhz(0.0)), (false, None));
+        let compared = Comparison::new(&timeline, &program, &machine, 8, 1000.0).to_string();
+        let lines: Vec<&str> = compared.lines().collect();
+        assert_eq!(lines.len(), 1 + phases + 3, "{compared}");
+        assert!(lines[phases].ends_with(&last), "{compared}");
     }
 }
