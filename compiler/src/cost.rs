@@ -1,7 +1,7 @@
 //! The cost model: predicted microseconds of a step on a GPU, from constants measured on one.
 //!
-//! Owns what the constants mean and the formulas; their values come from a profile. the planner only compares what they give. Bytes and counts come in, time goes
-//! out: nothing here knows a graph.
+//! Owns what the constants mean and the formulas; their values come from a profile, and the planner only compares what they
+//! give. Bytes, counts and programs come in, time goes out: nothing here knows a graph.
 
 use serde::{Deserialize, Serialize};
 
@@ -383,3 +383,6 @@ impl StepCost {
         self.layer_stream > STREAM_BOUND * self.layer_chain
     }
 }
+
+#[cfg(test)]
+mod tests;

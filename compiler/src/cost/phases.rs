@@ -351,7 +351,7 @@ impl<'a> Walk<'a> {
 fn pages_of(linear: &Linear) -> impl Iterator<Item = usize> {
     let t = linear.tiling;
     (0..t.passes).flat_map(move |pass| {
-        let rows = t.pass_tiles.min(t.rows - pass * t.pass_tiles);
+        let rows = t.pass_tiles.min(t.rows.saturating_sub(pass * t.pass_tiles));
         let columns = (0..t.k).step_by(t.page_k);
         columns.map(move |k| rows * t.page_k.min(t.k - k) * TILE_BYTES)
     })
