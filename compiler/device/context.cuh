@@ -10,7 +10,7 @@ namespace mirage {
 // One sequence of the batch, as the host asks for it. The Rust twin is runtime::megakernel::launch::Sequence.
 struct Sequence {
   uint32_t prompt_length;     // positions below are given, not generated
-  uint32_t first_decode;      // position of the first decode step; those before come through prefill steps
+  uint32_t first_logits;      // the first position whose logits are of use: a prompt's last, or 0 to score it
   uint32_t max_new;           // generated tokens, at most
   uint32_t top_k;             // 0: all
   float inverse_temperature;  // 0: greedy

@@ -1,4 +1,6 @@
-// The generation loop: prefill steps, then decode steps until every sequence has ended, all in one launch.
+// The generation loop: prefill steps, then decode steps until every sequence has ended, all in one launch. The last
+// prefill step holds the last position of every prompt and makes its first token; without prefill steps (scoring) the
+// first decode step does.
 // Every CTA runs it in step with all others; what differs from model to model is in Model, which the compiler writes.
 //
 // Model: Mesh, Ring, Shared (regions of shared memory), Head, kPrefillColumns, kDecodeColumns, kStepEpochs, word
@@ -27,7 +29,7 @@ MIRAGE_DEVICE void stream_weights(const Params& params, RingWriter<typename Mode
 #pragma unroll 1
       for (int layer = 0; more && layer < Model::kLayers; layer++)
         more = Model::stream_layer(ring, source, cta / Mesh::kMembers, cta % Mesh::kMembers);
-    if (more && step >= params.prefill_steps)
+    if (more && step + 1 >= params.prefill_steps)
       more = stream_linear<typename Model::Head>(ring, source, head_slice<typename Model::Head, Mesh>(cta),
                                                  Model::Ring::kHeadInFlight);
     if (!more) break;
@@ -76,12 +78,13 @@ MIRAGE_DEVICE float* logits_of(const Params& params, int slot, uint32_t position
   return nullptr;
 }
 
+// Sets the decode columns to the first positions with logits.
 template <class Model, class R>
 MIRAGE_DEVICE void begin_decode(Context<R>& x) {
   const int c = x.at.thread;
   if (c < Model::kDecodeColumns) {
     const bool on = c < static_cast<int>(x.params.batch);
-    const uint32_t position = on ? x.params.sequences[c].first_decode : 0;
+    const uint32_t position = on ? x.params.sequences[c].first_logits : 0;
     x.columns.slot[c] = on ? c : -1;
     x.columns.position[c] = position;
     x.columns.token[c] = on ? x.params.prompts[c * Model::kMaxSeq + position] : 0;
@@ -90,6 +93,35 @@ MIRAGE_DEVICE void begin_decode(Context<R>& x) {
     begin_draws(x, c);
   }
   sync_consumers();
+}
+
+// Turns the columns of the last prefill step into those of a decode step after its layers: a sequence's last position
+// becomes the column of its slot, with its row of the head's input.
+template <class Model, class R>
+MIRAGE_DEVICE void end_prefill(Context<R>& x) {
+  constexpr int P = Model::kPrefillColumns, C = Model::kDecodeColumns;
+  static_assert(P >= C, "the last prefill step holds the last position of every sequence");
+  // Sequences come in the order of their slots: a row moves to a lower place, or stays.
+  int* last = reinterpret_cast<int*>(x.scratch);
+  const int c = x.at.thread;
+  if (c < P) {
+    const int slot = x.columns.slot[c];
+    if (slot >= 0 && (c + 1 == P || x.columns.slot[c + 1] != slot)) last[slot] = c;
+  }
+  sync_consumers();
+  const int batch = static_cast<int>(x.params.batch);
+  const float squares = c < batch ? sum_of_squares<P>(x.sum_squares, last[c]) : 0.f;
+  constexpr int kStride = padded(Model::Head::kWidth) / 8;  // of a row, in threads' 16 bytes
+  uint4* rows = reinterpret_cast<uint4*>(x.activation);
+#pragma unroll 1
+  for (int i = c; i < kStride; i += kConsumers)
+#pragma unroll 1
+    for (int slot = 0; slot < batch; slot++) rows[slot * kStride + i] = rows[last[slot] * kStride + i];
+  sync_consumers();
+  if (c < C)
+#pragma unroll
+    for (int w = 0; w < WarpsOfColumns<C>::kWarps; w++) x.sum_squares[c * kConsumerWarps + w] = w == 0 ? squares : 0.f;
+  begin_decode<Model>(x);
 }
 
 // Moves every column to its next position: the next token is given or the winner. True while any sequence goes on.
@@ -200,26 +232,36 @@ MIRAGE_DEVICE void generate(const Params& params) {
 
   uint32_t epoch = params.epoch;
 #pragma unroll 1
-  for (uint32_t step = 0; step < params.prefill_steps; step++, epoch += Model::kStepEpochs) {
+  for (uint32_t step = 0; step < params.prefill_steps; step++) {
     const uint32_t cancelled = cancelled_by_host(x);
+    const bool last = step + 1 == params.prefill_steps;
     x.mark(Mark::kPrefillStep);
     begin_prefill_step(x, Model::kPrefillColumns, step);
     load_rope<Model, Model::kPrefillColumns>(x);
     sync_consumers();
-    if (at.cta < Mesh::kWorkers) Model::prefill_layers(x, epoch);
+    if (at.cta < Mesh::kWorkers || last) Model::prefill_layers(x, epoch);
+    if (last) break;
     // The next step reads the cache rows that other CTAs wrote in this one.
     if (grid_barrier<Mesh>(x, params.exchange + Model::kBarrierAt, epoch + Model::kLayers + 1, cancelled)) {
       if (at.thread == 0) storage.stop = 1;
       return;
     }
+    epoch += Model::kStepEpochs;
   }
-  begin_decode<Model>(x);
+  bool prefilled = params.prefill_steps > 0;
+  if (prefilled)
+    end_prefill<Model>(x);
+  else
+    begin_decode<Model>(x);
 #pragma unroll 1
   for (;; epoch += Model::kStepEpochs) {
-    x.mark(Mark::kDecodeStep);
-    load_rope<Model, C>(x);
-    sync_consumers();
-    Model::decode_layers(x, epoch);
+    if (!prefilled) {
+      x.mark(Mark::kDecodeStep);
+      load_rope<Model, C>(x);
+      sync_consumers();
+      Model::decode_layers(x, epoch);
+    }
+    prefilled = false;
     const uint32_t last = epoch + Model::kLayers + 1;
     const uint32_t parity = epoch / Model::kStepEpochs % 2;
     uint4* candidates = candidates_of<Model>(params, parity);

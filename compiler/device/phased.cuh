@@ -75,7 +75,7 @@ MIRAGE_DEVICE void load_columns(Context<R>& x, const PhasedState& state) {
   sync_consumers();
 }
 
-// A kernel of a step's layers, or the head.
+// A kernel of a step's layers, or a head.
 template <class Model, class K>
 MIRAGE_DEVICE void run_phases(const PhasedParams& p) {
   typedef typename Model::Ring Ring;
@@ -109,7 +109,7 @@ MIRAGE_DEVICE void begin_generation(const PhasedParams& p) {
   if (at.warp < kConsumerWarps) clear_histograms<Model>(p.params, at);
 }
 
-// Of one CTA: the next prefill step.
+// Of one CTA: the next prefill step, after all but the last.
 template <class Model>
 MIRAGE_DEVICE void end_prefill_step(const PhasedParams& p) {
   allow_next_kernel();

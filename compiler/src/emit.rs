@@ -393,13 +393,13 @@ impl Emitter<'_> {
             );
         }
         line!(self, "  }}");
-        self.layers("prefill", &p.prefill, false);
-        self.layers("decode", &p.decode, true);
+        self.layers("prefill", &p.prefill);
+        self.layers("decode", &p.decode);
         line!(self, "}};");
     }
 
     /// One kind of step: all layers, from the tokens' embeddings to the head's input.
-    fn layers(&mut self, name: &str, step: &Step, with_head: bool) {
+    fn layers(&mut self, name: &str, step: &Step) {
         let first = self.linear_name(0);
         let Some(shared) = self.shared_view(step) else {
             return;
@@ -413,10 +413,7 @@ impl Emitter<'_> {
             "  MIRAGE_DEVICE static void {name}_layers(Context<R>& x, uint32_t epoch) {{"
         );
         line!(self, "    constexpr int C = {columns};");
-        let others = self
-            .gather_of_others(step, "epoch + kLayers")
-            .filter(|_| with_head);
-        if let Some(gather) = others {
+        if let Some(gather) = self.gather_of_others(step, "epoch + kLayers") {
             line!(self, "    if (x.at.cta >= Mesh::kWorkers) {{");
             line!(
                 self,
@@ -446,9 +443,7 @@ impl Emitter<'_> {
             self.phase(step, phase);
         }
         line!(self, "    }}");
-        if with_head {
-            self.hand_on_to_others("    ", step, "epoch + kLayers");
-        }
+        self.hand_on_to_others("    ", step, "epoch + kLayers");
         line!(self, "  }}");
     }
 

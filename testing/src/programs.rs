@@ -44,7 +44,7 @@ pub struct Choice {
     pub replicate_below: usize,
     /// Query heads of a task of attention.
     pub heads_per_task: usize,
-    /// Columns of a prefill step.
+    /// Columns of a prefill step; at least the batch's.
     pub prefill_columns: usize,
 }
 
@@ -122,7 +122,7 @@ impl Choice {
                         Split::Rows => 0,
                     },
                     heads_per_task: [3, 1][j],
-                    prefill_columns: [4, 8, 1, 16][i],
+                    prefill_columns: [4, 8, 4, 16][i],
                 });
             }
         }

@@ -80,7 +80,8 @@ pub struct Plan {
     pub placements: Vec<Option<Placement>>,
     /// Query heads of one KV head that share a read of K and V.
     pub heads_per_task: usize,
-    /// Steps that fill the cache with prompt tokens, without the LM head.
+    /// Steps that fill the cache with prompt tokens; the last of them makes the first token of every sequence. The cost is
+    /// without the LM head.
     pub prefill: StepPlan,
     /// Steps that make one token for every sequence.
     pub decode: StepPlan,

@@ -165,8 +165,10 @@ impl Search<'_> {
                     };
                     let decodes = self.steps(&frame, decode_columns, true);
                     let prefills: Vec<StepPlan> = [16, 8, 4, 2, 1]
-                        .iter()
-                        .flat_map(|&columns| self.steps(&frame, columns, false))
+                        .into_iter()
+                        // The last prefill step holds every sequence's last position.
+                        .filter(|&columns| columns >= decode_columns)
+                        .flat_map(|columns| self.steps(&frame, columns, false))
                         .collect();
                     for decode in &decodes {
                         for prefill in &prefills {

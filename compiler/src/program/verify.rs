@@ -13,7 +13,8 @@
 //! 5. Words: buffers of the exchange area are disjoint and large enough for both kinds of step.
 //! 6. Shared: regions of shared memory are disjoint, aligned, and large enough for what every phase keeps there.
 //! 7. Norms: every gamma lies in the array of norms where its reader looks for it.
-//! 8. Steps: columns are powers of two up to 16; attention's tasks divide the heads.
+//! 8. Steps: columns are powers of two up to 16, enough for all sequences, and a prefill step has no fewer than a decode
+//!    step; attention's tasks divide the heads.
 //! 9. Views: an exchange sums where columns were split and nowhere else, over all partial sums of the same elements; a
 //!    linear is read in one way only.
 //! 10. Inputs: a linear multiplies what was prepared for it, and what was prepared holds its slice of the columns.

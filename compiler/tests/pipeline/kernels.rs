@@ -63,6 +63,7 @@ fn check_phased(model: &str, arch: Arch, batch: usize) {
     let others = [
         PhasedSource::BEGIN,
         PhasedSource::END_PREFILL,
+        PhasedSource::PREFILL_HEAD,
         PhasedSource::HEAD,
         PhasedSource::CHOOSE,
         PhasedSource::END_DECODE,

@@ -10,8 +10,8 @@ use crate::generate;
 pub(super) struct Sequence {
     /// Positions below are given, not generated.
     pub(super) prompt_length: u32,
-    /// Position of the first decode step.
-    pub(super) first_decode: u32,
+    /// The first position whose logits are of use.
+    pub(super) first_logits: u32,
     /// Generated tokens, at most.
     pub(super) max_new: u32,
     /// Likeliest tokens to choose from; 0 for all.

@@ -49,6 +49,7 @@ pub(super) struct Chain {
     begin: Function,
     prefill: Vec<Function>,
     end_prefill: Function,
+    prefill_head: Function,
     decode: Vec<Function>,
     head: Function,
     choose: Function,
@@ -62,6 +63,8 @@ pub(super) struct Chain {
 struct Recorded {
     params: Params,
     prefill: CapturedGraph,
+    /// The one that makes the first tokens.
+    last_prefill: CapturedGraph,
     decode: CapturedGraph,
 }
 
@@ -86,6 +89,7 @@ impl Chain {
             begin: function(PhasedSource::BEGIN)?,
             prefill: all(&source.prefill)?,
             end_prefill: function(PhasedSource::END_PREFILL)?,
+            prefill_head: function(PhasedSource::PREFILL_HEAD)?,
             decode: all(&source.decode)?,
             head: function(PhasedSource::HEAD)?,
             choose: function(PhasedSource::CHOOSE)?,
@@ -139,17 +143,15 @@ impl Chain {
                 })
             };
             let ctas = program.mesh.ctas;
+            let with_head = |layer: &[Function], head: &Function| {
+                let rest = [(head, ctas), (&self.choose, ctas), (&self.end_decode, 1)];
+                record(layer, &rest)
+            };
             let recorded = Recorded {
                 params,
                 prefill: record(&self.prefill, &[(&self.end_prefill, 1)])?,
-                decode: record(
-                    &self.decode,
-                    &[
-                        (&self.head, ctas),
-                        (&self.choose, ctas),
-                        (&self.end_decode, 1),
-                    ],
-                )?,
+                last_prefill: with_head(&self.prefill, &self.prefill_head)?,
+                decode: with_head(&self.decode, &self.head)?,
             };
             self.recorded = Some(recorded);
         }
@@ -181,9 +183,11 @@ impl Chain {
         unsafe { kernel.launch_overlapping(stream, config, &params) }
     }
 
-    /// Puts a prefill step on the stream. Does nothing before the first [`Self::prepare`].
-    pub(super) fn prefill_step(&mut self, stream: &Stream) -> Result<(), GpuError> {
+    /// Puts a prefill step on the stream; the last one makes tokens. Does nothing before the first [`Self::prepare`].
+    pub(super) fn prefill_step(&mut self, stream: &Stream, last: bool) -> Result<(), GpuError> {
         match &mut self.recorded {
+            // SAFETY: as in `launch`.
+            Some(recorded) if last => unsafe { recorded.last_prefill.launch(stream) },
             // SAFETY: as in `launch`.
             Some(recorded) => unsafe { recorded.prefill.launch(stream) },
             None => Ok(()),

@@ -144,23 +144,20 @@ pub(super) fn check_words(program: &Program) -> Result<(), Violation> {
             );
         }
     }
-    let writer = program
-        .decode
-        .layer
-        .iter()
-        .rev()
-        .find_map(|phase| match phase {
+    for (_, step) in program.steps() {
+        let writer = step.layer.iter().rev().find_map(|phase| match phase {
             Phase::AddToStream { exchange, .. } => Some(exchange),
             _ => None,
         });
-    if let Some(exchange) = writer.filter(|_| mesh.ctas > mesh.workers()) {
-        let units = views::producers(program, exchange, (0, 0)).len()
-            * program.linears[exchange.source].gathered_words();
-        need(
-            "the stream for the other CTAs".to_owned(),
-            e.stream_at,
-            units * decode,
-        );
+        if let Some(exchange) = writer.filter(|_| mesh.ctas > mesh.workers()) {
+            let units = views::producers(program, exchange, (0, 0)).len()
+                * program.linears[exchange.source].gathered_words();
+            need(
+                "the stream for the other CTAs".to_owned(),
+                e.stream_at,
+                units * step.columns,
+            );
+        }
     }
     // Candidates of two steps: a CTA that holds no layer may still read the last step's while others write the next's. Of
     // a column that samples each CTA has two words.
@@ -248,7 +245,7 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
         .iter()
         .map(|linear| columns * row(linear.width()));
     let heads = columns * row(a.width());
-    let head = decode * row(program.head.width());
+    let head = columns * row(program.head.width());
     // residual.cuh, Replicated: six f32 of every unit of a thread, threads innermost.
     let stream = program.steps().into_iter().filter_map(|(_, step)| {
         let exchange = step.layer.iter().find_map(|phase| match phase {

@@ -5,7 +5,7 @@
 //! it has done. One order of execution is walked, but the clocks hold only what every order has in common.
 //!
 //! The trace is the shortest that shows every reuse: two layers of a step (the first and the last; more only add
-//! knowledge), two prefill steps, three greedy decode steps, two that sample, and a greedy one.
+//! knowledge), two prefill steps of which the second makes tokens, three greedy decode steps, two that sample, and a greedy one.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -58,21 +58,28 @@ struct Trace<'a> {
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
     let mut trace = Trace::new(program);
     let mut epoch = 0;
-    for _ in 0..2 {
-        trace.layers("prefill", &program.prefill, epoch)?;
-        trace.all(
-            Buffer::Barrier,
-            epoch + program.layers as u64 + 1,
-            "the barrier after a prefill step",
-        )?;
-        epoch += step_epochs(program.layers) as u64;
-    }
-    for (number, sampled) in [false, false, false, true, true, false]
-        .into_iter()
-        .enumerate()
+    let (prefill, decode) = (("prefill", &program.prefill), ("decode", &program.decode));
+    trace.layers(prefill, epoch)?;
+    trace.all(
+        Buffer::Barrier,
+        epoch + program.layers as u64 + 1,
+        "the barrier after a prefill step",
+    )?;
+    epoch += step_epochs(program.layers) as u64;
+    for (number, (step, sampled)) in [
+        (prefill, false),
+        (decode, false),
+        (decode, false),
+        (decode, false),
+        (decode, true),
+        (decode, true),
+        (decode, false),
+    ]
+    .into_iter()
+    .enumerate()
     {
-        trace.layers("decode", &program.decode, epoch)?;
-        trace.idle(epoch)?;
+        trace.layers(step, epoch)?;
+        trace.idle(step.1, epoch)?;
         let last = epoch + program.layers as u64 + 1;
         trace.all(
             Buffer::Candidates(number % 2),
@@ -102,7 +109,7 @@ impl<'a> Trace<'a> {
         }
     }
 
-    fn layers(&mut self, name: &str, step: &Step, epoch: u64) -> Result<(), Violation> {
+    fn layers(&mut self, (name, step): (&str, &Step), epoch: u64) -> Result<(), Violation> {
         let last = self.program.layers - 1;
         let layers = if last == 0 { vec![0] } else { vec![0, last] };
         for layer in layers {
@@ -284,8 +291,8 @@ impl<'a> Trace<'a> {
     }
 
     /// What the CTAs without a part of the layers wait for after the last layer.
-    fn idle(&mut self, epoch: u64) -> Result<(), Violation> {
-        let (mesh, step) = (&self.program.mesh, &self.program.decode);
+    fn idle(&mut self, step: &Step, epoch: u64) -> Result<(), Violation> {
+        let mesh = &self.program.mesh;
         if mesh.ctas == mesh.workers() {
             return Ok(());
         }
@@ -447,8 +454,8 @@ mod tests {
         }
         let mut trace = Trace::new(&program);
         for (buffer, epoch) in buffers.into_iter().zip([0, 100]) {
-            trace.layers("decode", &program.decode, epoch)?;
-            trace.idle(epoch)?;
+            trace.layers(("decode", &program.decode), epoch)?;
+            trace.idle(&program.decode, epoch)?;
             trace.all(buffer, epoch + 99, "candidates")?;
         }
         Ok(())

@@ -85,12 +85,15 @@ fn check_sizes(program: &Program, name: &str, step: &Step) -> Result<(), Violati
             )
         },
     )?;
-    ensure(
-        name != "decode" || columns >= program.slots,
-        Rule::Steps,
-        name,
-        || format!("{columns} columns for {} sequences", program.slots),
-    )?;
+    ensure(columns >= program.slots, Rule::Steps, name, || {
+        format!("{columns} columns for {} sequences", program.slots)
+    })?;
+    ensure(columns >= program.decode.columns, Rule::Steps, name, || {
+        format!(
+            "{columns} columns do not hold the {} that decode steps go on with",
+            program.decode.columns
+        )
+    })?;
     ensure(step.kv_splits > 0, Rule::Steps, name, || {
         "attention in no splits".to_owned()
     })

@@ -153,7 +153,7 @@ fn every_legal_layout_passes() {
                     placements: placements.clone(),
                     heads_per_task: 1 + (i + members) % 2,
                     kv_splits: 1 + (i + groups) % 3,
-                    columns: [1, 2, 8, 16][(i + members) % 4],
+                    columns: [4, 8, 4, 16][(i + members) % 4],
                     prefill,
                     decode,
                 };
@@ -508,6 +508,15 @@ fn mutant_steps() {
     check(|program| program.attention.heads_per_task = 2, Rule::Mesh);
     check(|program| program.attention.kv_heads *= 2, Rule::Steps);
     check(|program| program.prefill.columns *= 2, Rule::Mesh);
+    // Fewer columns than decode steps go on with.
+    check(
+        |program| {
+            program.slots = 2;
+            program.prefill.columns = 2;
+            program.plan.prefill.columns = 2;
+        },
+        Rule::Steps,
+    );
 }
 
 /// More members than rows, which `Plan::verify` would refuse: nobody waits for the worker without rows, so nothing keeps it from lagging behind.
@@ -530,7 +539,7 @@ fn workers_that_nobody_waits_for_are_found() {
         placements,
         heads_per_task: 2,
         kv_splits: 1,
-        columns: 1,
+        columns: 4,
         prefill: StreamForm::Replicated,
         decode: StreamForm::Replicated,
     };
