@@ -21,6 +21,8 @@ pub struct Machine {
     pub hop: f64,
     /// One turn of asking L2 for a thread's batch of words.
     pub poll: f64,
+    /// What a flag beside the data takes more than one in it: fences on both sides, and a trip to L2.
+    pub flag: f64,
     /// A linear's fixed part: first page, cross-warp sum, epilogue.
     pub linear: f64,
     /// A pass of a linear beyond the first.
@@ -50,6 +52,7 @@ impl Machine {
             l2_per_sm: 42_000.0,
             hop: 1.1,
             poll: 0.6,
+            flag: 2.0,
             linear: 0.35,
             pass: 0.25,
             attention: 0.7,
@@ -69,6 +72,11 @@ impl Machine {
             .div_ceil(threads.max(1) * WORDS_IN_FLIGHT)
             .saturating_sub(1);
         self.hop + words as f64 * 16.0 / self.l2_per_sm + turns as f64 * self.poll
+    }
+
+    /// An exchange of rows in which every CTA copies so many bytes.
+    pub fn exchange_of_rows(&self, bytes: usize) -> f64 {
+        self.hop + self.flag + bytes as f64 / self.l2_per_sm
     }
 
     /// The rate at which `ctas` CTAs stream with so many bytes of each in flight.

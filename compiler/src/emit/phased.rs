@@ -7,8 +7,7 @@ use std::ops::Range;
 
 use super::{CudaSource, Emitter, headers_for};
 use crate::arch::Arch;
-use crate::plan::StreamForm;
-use crate::program::{CONSUMER_WARPS, Linear, Next, Phase, Program, Step, VALUES_PER_WORD};
+use crate::program::{CHUNK, CONSUMER_WARPS, Linear, Next, Phase, Program, Step, VALUES_PER_WORD};
 
 const HEADER: &str = "phased.cuh";
 const HEADER_TEXT: &str = include_str!("../../device/phased.cuh");
@@ -79,12 +78,12 @@ pub fn phased_source(program: &Program, arch: Arch) -> PhasedSource {
     }
 }
 
-/// Values of the stream that a CTA keeps: all that the persistent kernel has in shared memory, or six of every thread.
+/// Values of the stream that a CTA keeps: all that the persistent kernel has in shared memory, or a word or chunk of every thread.
 fn saved_floats(program: &Program) -> usize {
     let regions = &program.shared.regions;
     let kept = regions.iter().find(|region| region.name == "Stream");
     kept.map_or(0, |region| region.bytes / 4)
-        .max(VALUES_PER_WORD * CONSUMER_WARPS * 32)
+        .max(CHUNK.max(VALUES_PER_WORD) * CONSUMER_WARPS * 32)
 }
 
 /// Where a layer's chain is cut: after each phase whose words another CTA waits for. What follows the last of them
@@ -308,7 +307,7 @@ impl Emitter<'_> {
         self.hand_on_to_others("      ", step, "now");
         line!(self, "    }}");
         if prefill {
-            line!(self, "    end_prefill<Model>(x);");
+            line!(self, "    end_prefill<Model, C>(x);");
         }
         line!(
             self,
@@ -397,20 +396,6 @@ impl Emitter<'_> {
         let text = self.out.split_off(begin);
         for text in text.lines() {
             line!(self, "{indent}{}", text.trim_start());
-        }
-    }
-
-    fn declare_stream(&mut self, indent: &str, step: &Step) {
-        let Some(shared) = self.shared_view(step) else {
-            return;
-        };
-        match step.stream {
-            StreamForm::Replicated => {
-                line!(self, "{indent}Replicated<{shared}, Mesh, C> stream(x);")
-            }
-            StreamForm::Scattered => {
-                line!(self, "{indent}Scattered<{shared}, Mesh, C> stream(x.at);")
-            }
         }
     }
 

@@ -121,6 +121,13 @@ fn eight_sequences_compile() {
     check("0.6B", Arch::Sm90a, 8);
 }
 
+/// A warp of the linears holds the products of 32 and 64 columns.
+#[test]
+fn many_sequences_compile() {
+    check("0.6B", Arch::Sm90a, 32);
+    check("0.6B", Arch::Sm90a, 64);
+}
+
 #[test]
 fn qwen3_8b_compiles() {
     check("8B", Arch::Sm90a, 1);

@@ -8,7 +8,7 @@ use super::step::Kind;
 use super::{CpuError, CpuModel};
 use crate::generate::{
     CancelHandle, Event, FinishReason, GenerateError, GenerateRequest, Logits, PrefillColumn,
-    RequestError, prefill_steps,
+    RequestError, Widths, prefill_steps,
 };
 use crate::sampler::Sampler;
 
@@ -52,7 +52,7 @@ impl CpuModel {
             }));
         }
         let prompts: Vec<&[u32]> = batch.iter().map(|r| &r.prompt[..]).collect();
-        let steps = prefill_steps(&prompts, self.shared.program.prefill.columns);
+        let steps = prefill_steps(&prompts, Widths::of(&self.shared.program));
         if let Some(last) = self.prefill(&steps, || cancel.is_cancelled())? {
             self.take_tokens(&last, &mut running, on_event);
         }

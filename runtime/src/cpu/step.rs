@@ -21,9 +21,13 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    fn step(self, program: &Program) -> &Step {
+    /// The program's step of this kind that has so many columns.
+    fn step(self, program: &Program, columns: usize) -> &Step {
         match self {
-            Kind::Prefill | Kind::LastPrefill => &program.prefill,
+            Kind::Prefill | Kind::LastPrefill => match &program.wide {
+                Some(wide) if wide.step.columns == columns => &wide.step,
+                _ => &program.prefill,
+            },
             Kind::Decode => &program.decode,
         }
     }
@@ -71,7 +75,7 @@ impl CpuModel {
         } = self;
         let shared = &*shared;
         let program = &shared.program;
-        let step = kind.step(program);
+        let step = kind.step(program, columns.len());
         let at = |layer: usize, epoch: u32| Now {
             shared,
             columns,

@@ -12,7 +12,7 @@ use mirage_testing::{
 };
 
 use super::*;
-use crate::generate::{FinishReason, Generated, prefill_steps};
+use crate::generate::{FinishReason, Generated, Widths, prefill_steps};
 use crate::sampler::SamplingParams;
 
 fn cpu(model: &Model, program: &Program) -> CpuModel {
@@ -30,7 +30,7 @@ fn reference(model: &Model, tokens: &[u32]) -> Vec<Vec<f32>> {
 /// Logits after each prompt, by way of prefill steps.
 fn after_prompts(cpu: &mut CpuModel, prompts: &[Vec<u32>]) -> Vec<Vec<f32>> {
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-    let steps = prefill_steps(&prompts, cpu.shared.program.prefill.columns);
+    let steps = prefill_steps(&prompts, Widths::of(&cpu.shared.program));
     let columns = cpu.prefill(&steps, || false).unwrap().unwrap();
     columns.iter().map(|&column| cpu.logits(column)).collect()
 }
@@ -73,8 +73,9 @@ fn planned_programs_match_the_reference() {
             .iter()
             .map(|tokens| reference(&model, tokens))
             .collect();
-        for (sms, batch) in [(1, 1), (5, 3), (8, 8), (132, 3)] {
+        for (sms, batch) in [(1, 1), (5, 3), (8, 8), (8, 24), (132, 3)] {
             let program = planned(&model, &target(sms, batch, 72));
+            let batch = batch.min(prompts.len());
             check_logits(&model, &program, &prompts[..batch], &want);
         }
     }

@@ -1,10 +1,11 @@
 //! How prompts go through prefill steps: all positions of all prompts, in the order of the sequences, cut into steps of
-//! the program's prefill columns. The last step holds the last position of every prompt, whose logits make its first
-//! token.
+//! the program's columns. The last step holds the last position of every prompt, whose logits make its first token.
 //!
 //! A step may hold the end of one prompt and the start of the next. Columns of one sequence lie side by side in the order
 //! of their positions, so a column finds the keys of this step's earlier positions in the columns before it; those of
 //! earlier steps are in the cache.
+
+use mirage_compiler::program::Program;
 
 /// One column of a prefill step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,12 +20,31 @@ pub struct PrefillColumn {
     pub first: u32,
 }
 
-/// The columns of all prefill steps, `columns` to a step, which are no fewer than there are prompts; prompt `i` is in
-/// slot `i`.
+/// Columns of a program's prefill steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Widths {
+    /// Of most steps; no fewer than there are sequences.
+    pub narrow: usize,
+    /// Of wide ones, if there are any: more.
+    pub wide: Option<usize>,
+}
+
+impl Widths {
+    /// Those of a program.
+    pub fn of(program: &Program) -> Widths {
+        Widths {
+            narrow: program.prefill.columns,
+            wide: program.wide.as_ref().map(|wide| wide.step.columns),
+        }
+    }
+}
+
+/// The columns of all prefill steps, each narrow or wide; prompt `i` is in slot `i`. Wide steps come first.
 ///
-/// What comes before the last positions fills the steps in order. What is left over goes into the last step where it has
-/// room beside them, so there are no more steps than the positions ask for.
-pub fn prefill_steps(prompts: &[&[u32]], columns: usize) -> Vec<Vec<PrefillColumn>> {
+/// A wide step costs less than two narrow ones: it is taken wherever one narrow step does not hold what is left. What is
+/// left beside the last positions goes into the last step if it has room, so there are no more steps than the positions ask
+/// for.
+pub fn prefill_steps(prompts: &[&[u32]], widths: Widths) -> Vec<Vec<PrefillColumn>> {
     let at = |slot: u32, position: u32, token: u32| PrefillColumn {
         slot: Some(slot),
         position,
@@ -42,26 +62,30 @@ pub fn prefill_steps(prompts: &[&[u32]], columns: usize) -> Vec<Vec<PrefillColum
             positions.map(move |(position, &token)| at(slot, position, token))
         })
         .collect();
-    let left_over = before.len() % columns.max(1);
-    let beside = if left_over + prompts.len() <= columns {
-        left_over
-    } else {
-        0
-    };
-    let (before, beside) = before.split_at(before.len() - beside);
-    let last = all.flat_map(|(slot, before, token)| {
-        let beside = beside
-            .iter()
-            .filter(move |column| column.slot == Some(slot));
-        let last = at(slot, before.len() as u32, token);
-        beside.copied().chain([last])
-    });
-    let steps = before.chunks(columns.max(1)).map(<[_]>::to_vec);
-    steps
-        .chain([last.collect()])
-        .filter(|step| !step.is_empty())
-        .map(|step| fill(step, columns))
-        .collect()
+    let mut before = &before[..];
+    let mut steps = Vec::new();
+    loop {
+        let left = before.len() + prompts.len();
+        let columns = match widths.wide {
+            Some(wide) if left > widths.narrow => wide,
+            _ => widths.narrow,
+        };
+        if left <= columns {
+            let last = all.flat_map(|(slot, of_slot, token)| {
+                let beside = before.iter().filter(move |c| c.slot == Some(slot));
+                let last = at(slot, of_slot.len() as u32, token);
+                beside.copied().chain([last])
+            });
+            let last: Vec<PrefillColumn> = last.collect();
+            if !last.is_empty() {
+                steps.push(fill(last, columns));
+            }
+            return steps;
+        }
+        let (step, rest) = before.split_at(before.len().min(columns));
+        steps.push(fill(step.to_vec(), columns));
+        before = rest;
+    }
 }
 
 /// Tells each column where its sequence's run begins, and adds idle ones.

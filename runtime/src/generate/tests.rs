@@ -53,7 +53,11 @@ fn bad_requests_are_named() {
 }
 
 /// Steps as `slot:position@first`, idle columns as `-`.
-fn steps(prompts: &[&[u32]], columns: usize) -> Vec<String> {
+fn steps(prompts: &[&[u32]], narrow: usize) -> Vec<String> {
+    steps_of(prompts, Widths { narrow, wide: None })
+}
+
+fn steps_of(prompts: &[&[u32]], widths: Widths) -> Vec<String> {
     let column = |column: &PrefillColumn| match column.slot {
         Some(slot) => {
             let prompt = prompts[slot as usize];
@@ -62,7 +66,7 @@ fn steps(prompts: &[&[u32]], columns: usize) -> Vec<String> {
         }
         None => "-".to_owned(),
     };
-    prefill_steps(prompts, columns)
+    prefill_steps(prompts, widths)
         .iter()
         .map(|step| step.iter().map(column).collect::<Vec<_>>().join(" "))
         .collect()
@@ -94,6 +98,25 @@ fn prompts_share_steps() {
     assert_eq!(steps(&[&[1]], 2), ["0:0@0 -"]);
     assert_eq!(steps(&[short], 1), ["0:0@0", "0:1@0", "0:2@0"]);
     assert_eq!(steps(&[], 4), Vec::<String>::new());
+}
+
+#[test]
+fn what_a_narrow_step_does_not_hold_goes_through_wide_ones() {
+    let (long, short): (&[u32], &[u32]) = (&[5, 6, 7, 8, 9, 10], &[1, 2, 3]);
+    let check = |prompts: &[&[u32]], expect: &[&str]| {
+        let widths = Widths {
+            narrow: 2,
+            wide: Some(4),
+        };
+        assert_eq!(steps_of(prompts, widths), expect);
+    };
+    check(&[&[1]], &["0:0@0 -"]);
+    check(&[short], &["0:0@0 0:1@0 0:2@0 -"]);
+    check(&[long], &["0:0@0 0:1@0 0:2@0 0:3@0", "0:4@0 0:5@0"]);
+    check(&[&long[..5]], &["0:0@0 0:1@0 0:2@0 0:3@0", "0:4@0 -"]);
+    check(&[short, short], &["0:0@0 0:1@0 1:0@2 1:1@2", "0:2@0 1:2@1"]);
+    // Only last positions are left for the last step.
+    check(&[short, &[1, 2]], &["0:0@0 0:1@0 1:0@2 -", "0:2@0 1:1@1"]);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 use mirage_compiler::emit::PhasedSource;
+use mirage_compiler::plan::Target;
 use mirage_compiler::program::{Program, THREADS};
 
 use super::launch::Params;
@@ -14,7 +15,7 @@ use crate::gpu::{
 };
 
 /// Columns that the device keeps a place for.
-const COLUMNS: usize = 16;
+const COLUMNS: usize = Target::MAX_COLUMNS;
 
 /// Twin of `PhasedState` in `compiler/device/phased.cuh`, with that of `Columns` in `context.cuh` at its head.
 #[repr(C)]
@@ -26,7 +27,7 @@ pub(super) struct State {
     pub(super) first: [u32; COLUMNS],
     pub(super) logits: [u64; COLUMNS],
     pub(super) note: u32,
-    pub(super) columns_padding: u32,
+    pub(super) used: u32,
     pub(super) epoch: u32,
     pub(super) prefill_step: u32,
     pub(super) parity: u32,
@@ -210,7 +211,7 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_device() {
-        assert_eq!(size_of::<State>(), 536);
-        assert_eq!(size_of::<PhasedParams>(), 152 + 24);
+        assert_eq!(size_of::<State>(), 64 * (4 * 4 + 8 + 8) + 24);
+        assert_eq!(size_of::<PhasedParams>(), 160 + 24);
     }
 }

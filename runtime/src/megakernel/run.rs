@@ -11,7 +11,7 @@ use super::phased::State;
 use super::{Form, Megakernel, MegakernelError, timeline};
 use crate::generate::{
     CancelHandle, Event, Executor, FinishReason, GenerateError, GenerateRequest, Limits, Logits,
-    prefill_steps,
+    Widths, prefill_steps,
 };
 use crate::gpu::{self, DeviceBuffer, Gpu, GpuError, LaunchConfig, Stream};
 
@@ -216,7 +216,13 @@ impl Megakernel {
             .filter(|sequence| sequence.logits_row.is_none())
             .map(|sequence| &sequence.request.prompt[..])
             .collect();
-        let steps = prefill_steps(&prefilled, self.program.prefill.columns);
+        let mut widths = Widths::of(&self.program);
+        if self.form == Form::Phased {
+            widths.wide = None; // the chain has no kernels for them
+        }
+        let steps = prefill_steps(&prefilled, widths);
+        let wide = steps.iter().filter(|step| Some(step.len()) == widths.wide);
+        let wide_steps = wide.count();
         let columns: Vec<PrefillColumn> = steps
             .iter()
             .flatten()
@@ -275,7 +281,8 @@ impl Megakernel {
             stop_tokens: self.staged.stop_tokens.device_pointer(),
             tokens_out: self.tokens_out.device_pointer(),
             cancel: self.cancel.device_pointer(),
-            prefill_steps: steps.len() as u32,
+            wide_steps: wide_steps as u32,
+            prefill_steps: (steps.len() - wide_steps) as u32,
             batch: batch.len() as u32,
             epoch: self.epoch,
             trace_events: if self.trace.is_some() {
@@ -283,6 +290,7 @@ impl Megakernel {
             } else {
                 0
             },
+            padding: 0,
             trace: self.trace.as_ref().map_or(0, DeviceBuffer::device_pointer),
         };
         let state = self.first_state(batch, &params);

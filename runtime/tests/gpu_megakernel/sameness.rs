@@ -15,6 +15,10 @@ use crate::device::{Kernel, turn};
 
 const LENGTHS: [usize; 16] = [7, 1, 70, 2, 33, 16, 5, 1, 40, 3, 9, 12, 64, 65, 17, 80];
 
+fn lengths(batch: usize) -> Vec<usize> {
+    LENGTHS.into_iter().cycle().take(batch).collect()
+}
+
 /// Every way to sample.
 fn samplings() -> impl Iterator<Item = SamplingParams> + Clone {
     let sampled = |(temperature, top_k, top_p)| SamplingParams {
@@ -42,7 +46,7 @@ fn samplings() -> impl Iterator<Item = SamplingParams> + Clone {
 /// Requests that differ in everything.
 fn mixed(batch: usize, vocab: usize) -> Vec<GenerateRequest> {
     (0u32..)
-        .zip(prompts(&LENGTHS[..batch], vocab))
+        .zip(prompts(&lengths(batch), vocab))
         .zip(samplings().cycle())
         .map(|((stream, prompt), sampling)| GenerateRequest {
             max_new_tokens: 3 + stream as usize,
@@ -74,7 +78,7 @@ fn check_company(gpu: &mut Megakernel) {
         let second = gpu.generate_all(&[early, request.clone()]).unwrap();
         assert_eq!(&second[1], want, "sequence {slot} in the second slot");
     }
-    let sequences = prompts(&LENGTHS[..batch], vocab);
+    let sequences = prompts(&lengths(batch), vocab);
     let all = gpu.score(&sequences).unwrap();
     assert!(gpu.score(&sequences).unwrap() == all, "logits repeat");
     for (slot, want) in all.iter().enumerate() {
@@ -108,6 +112,7 @@ fn neighbours_change_nothing() {
     for kernel in [
         Kernel::planned(&model, 8, 104),
         Kernel::planned(&model, 16, 104),
+        Kernel::planned(&model, 40, 104),
         Kernel::chosen(&model, &scattered, 8, 104),
         Kernel::chosen(&model, &replicated, 5, 104),
     ] {
@@ -151,6 +156,7 @@ fn a_chain_of_kernels_makes_the_same_tokens() {
         (&model, Kernel::planned(&model, 1, 104)),
         (&model, Kernel::chosen(&model, &replicated, 8, 104)),
         (&model, Kernel::chosen(&model, &scattered, 16, 104)),
+        (&model, Kernel::planned(&model, 40, 104)),
         (&tiny, Kernel::planned(&tiny, 4, 128)),
     ] {
         let (source, cubin) = kernel.phased();
@@ -159,7 +165,7 @@ fn a_chain_of_kernels_makes_the_same_tokens() {
         gpu.add_phased(&source, &cubin).unwrap();
         let (batch, vocab) = (gpu.limits().batch, gpu.limits().vocab);
         let requests = mixed(batch, vocab);
-        let sequences = prompts(&LENGTHS[..batch], vocab);
+        let sequences = prompts(&lengths(batch), vocab);
         let tokens = gpu.generate_all(&requests).unwrap();
         let logits = gpu.score(&sequences).unwrap();
         gpu.set_form(Form::Phased);
@@ -218,6 +224,7 @@ fn tokens_are_the_cpu_sampler_s() {
     let wide = qwen3(Sizes { vocab, ..SIZES });
     for (model, batch, new_tokens) in [
         (&qwen3(SIZES), 16, 60),
+        (&qwen3(SIZES), 40, 60),
         (&tiny(), 1, 60),
         (&tiny(), 8, 60),
         (&wide, 1, 60),

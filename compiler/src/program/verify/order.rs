@@ -7,11 +7,13 @@
 //! The trace is the shortest that shows every reuse: two layers of a step (the first and the last; more only add
 //! knowledge), two prefill steps of which the second makes tokens, three greedy decode steps, two that sample, and a greedy one.
 
+mod rows;
+
 use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::{Rule, Violation, views};
-use crate::plan::StreamForm;
+use crate::plan::{StreamForm, Transport};
 use crate::program::{Exchange, Phase, Program, Step, step_epochs};
 
 /// What each CTA of the grid is known to have done.
@@ -26,6 +28,10 @@ enum Buffer {
     Heads,
     /// The residual stream after a linear, for all.
     Gathered(usize),
+    /// The same three in rows; their epoch is that of the flags.
+    Rows(usize),
+    HeadRows,
+    StreamRows(usize),
     /// The replicated stream, for the CTAs without a part of the layers.
     Stream,
     /// Candidates of the head, by the parity of the step.
@@ -56,16 +62,35 @@ struct Trace<'a> {
 }
 
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
+    let prefill = ("prefill", &program.prefill);
+    // A wide step is the last one or has narrower ones behind it.
+    check_trace(program, &[prefill], prefill)?;
+    if let Some(wide) = &program.wide {
+        let wide = ("wide prefill", &wide.step);
+        check_trace(program, &[wide, wide], prefill)?;
+        check_trace(program, &[wide], wide)?;
+    }
+    Ok(())
+}
+
+/// Prefill steps, a last one that makes tokens, and decode steps.
+fn check_trace(
+    program: &Program,
+    before: &[(&str, &Step)],
+    prefill: (&str, &Step),
+) -> Result<(), Violation> {
     let mut trace = Trace::new(program);
     let mut epoch = 0;
-    let (prefill, decode) = (("prefill", &program.prefill), ("decode", &program.decode));
-    trace.layers(prefill, epoch)?;
-    trace.all(
-        Buffer::Barrier,
-        epoch + program.layers as u64 + 1,
-        "the barrier after a prefill step",
-    )?;
-    epoch += step_epochs(program.layers) as u64;
+    let decode = ("decode", &program.decode);
+    for &step in before {
+        trace.layers(step, epoch)?;
+        trace.all(
+            Buffer::Barrier,
+            epoch + program.layers as u64 + 1,
+            "the barrier after a prefill step",
+        )?;
+        epoch += step_epochs(program.layers) as u64;
+    }
     for (number, (step, sampled)) in [
         (prefill, false),
         (decode, false),
@@ -122,6 +147,9 @@ impl<'a> Trace<'a> {
     }
 
     fn phase(&mut self, step: &Step, phase: &Phase, epoch: u64) -> Result<(), Violation> {
+        if step.transport == Transport::Rows {
+            return self.phase_of_rows(phase, epoch);
+        }
         let workers = self.program.mesh.workers();
         match phase {
             Phase::Linear(index) => {
@@ -292,7 +320,7 @@ impl<'a> Trace<'a> {
 
     /// What the CTAs without a part of the layers wait for after the last layer.
     fn idle(&mut self, step: &Step, epoch: u64) -> Result<(), Violation> {
-        let mesh = &self.program.mesh;
+        let mesh = self.program.mesh;
         if mesh.ctas == mesh.workers() {
             return Ok(());
         }
@@ -303,6 +331,10 @@ impl<'a> Trace<'a> {
             _ => None,
         });
         let (buffer, writers) = match (step.stream, gathered) {
+            (StreamForm::Scattered, Some(exchange)) if step.transport == Transport::Rows => (
+                Buffer::StreamRows(exchange.source),
+                (0..mesh.workers()).collect(),
+            ),
             (StreamForm::Scattered, Some(exchange)) => (
                 Buffer::Gathered(exchange.source),
                 self.owners(step, &exchange),

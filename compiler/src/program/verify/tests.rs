@@ -6,7 +6,7 @@ use crate::cost::StepCost;
 use crate::fuse::{FusedGraph, FusedOp};
 use crate::graph::Graph;
 use crate::mesh::{Mesh, Placement};
-use crate::plan::{Plan, StepPlan, StreamForm, Target};
+use crate::plan::{Plan, StepPlan, StreamForm, Target, Transport};
 use crate::program::{Along, Next, Phase, Program};
 use crate::typed::{ModelConfig, TypedGraph};
 
@@ -69,6 +69,7 @@ impl Forced {
     fn plan(&self, graph: &FusedGraph) -> Plan {
         let step = |columns, stream| StepPlan {
             columns,
+            transport: Transport::Words,
             stream,
             kv_splits: self.kv_splits,
             replicate_below: 0,
@@ -79,6 +80,7 @@ impl Forced {
             placements: self.placements.clone(),
             heads_per_task: self.heads_per_task,
             prefill: step(self.columns, self.prefill),
+            wide: None,
             decode: step(4, self.decode),
             weight_bytes: 0,
             floor: 0.0,
