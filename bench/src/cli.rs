@@ -7,7 +7,7 @@ use clap::{ArgAction, Parser, ValueEnum};
 use mirage_runtime::sampler::SamplingParams;
 
 /// Sequences at once that the megakernel's tiles hold.
-pub const MAX_BATCH: usize = 16;
+pub const MAX_BATCH: usize = 64;
 /// The prompts that are built in where the default file is not there.
 pub const DEFAULT_PROMPTS: &str = "test_prompts.txt";
 
@@ -71,7 +71,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = RangedU64ValueParser::<u32>::new().range(1..=100_000))]
     pub num_iterations: u32,
 
-    /// Sequences generated at once, 1 to 16 each.
+    /// Sequences generated at once, 1 to 64 each.
     #[arg(long, value_name = "N", num_args = 1.., default_values_t = [1, 2, 4, 8], value_parser = RangedU64ValueParser::<u32>::new().range(1..=MAX_BATCH as u64))]
     pub batch_sizes: Vec<u32>,
 

@@ -10,7 +10,7 @@ namespace mirage {
 // One sequence of the batch, as the host asks for it. The Rust twin is runtime::megakernel::launch::Sequence.
 struct Sequence {
   uint32_t prompt_length;     // positions below are given, not generated
-  uint32_t first_decode;      // position of the first decode step; those before come through prefill steps
+  uint32_t first_logits;      // the first position whose logits are of use: a prompt's last, or 0 to score it
   uint32_t max_new;           // generated tokens, at most
   uint32_t top_k;             // 0: all
   float inverse_temperature;  // 0: greedy
@@ -44,11 +44,12 @@ struct Params {
   float* logits_dump;       // [rows, vocab] or null
   const uint32_t* prompts;  // [slots, max_seq]
   const Sequence* sequences;
-  const PrefillColumn* prefill;  // [prefill_steps, prefill columns]
+  const PrefillColumn* prefill;  // [wide_steps, wide columns], then [prefill_steps, prefill columns]
   const uint32_t* stop_tokens;
   uint32_t* tokens_out;    // host memory, [slots, max_seq], token + 1
   const uint32_t* cancel;  // host memory
-  uint32_t prefill_steps;
+  uint32_t wide_steps;
+  uint32_t prefill_steps;  // after the wide ones
   uint32_t batch;
   uint32_t epoch;         // every epoch of this launch is above this one
   uint32_t trace_events;  // events of a CTA that fit the trace
@@ -56,13 +57,14 @@ struct Params {
 };
 
 struct Columns {
-  static constexpr int kMax = 16;
+  static constexpr int kMax = 64;
   int32_t slot[kMax];  // -1: the column is idle; its results are finite and ignored
   uint32_t position[kMax];
   uint32_t token[kMax];
   uint32_t first[kMax];
   float* logits[kMax];  // where the column's logits go, or null
   uint32_t note;        // of CTA 0, at the last barrier over the grid
+  int32_t used;         // where rows are exchanged: columns up to the last one that is not idle
 };
 
 // What the columns of a decode step sample with, and the best that the CTA's rows of the head have drawn for them

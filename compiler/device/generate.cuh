@@ -1,41 +1,79 @@
-// The generation loop: prefill steps, then decode steps until every sequence has ended, all in one launch.
-// Every CTA runs it in step with all others; what differs from model to model is in Model, which the compiler writes.
+// The generation loop: prefill steps, wide ones first, then decode steps until every sequence has ended, all in one
+// launch. The last prefill step holds the last position of every prompt and makes its first token; without prefill
+// steps (scoring) the first decode step does. Every CTA runs it in step with all others; what differs from model to
+// model is in Model, which the compiler writes.
 //
-// Model: Mesh, Ring, Shared (regions of shared memory), Head, kPrefillColumns, kDecodeColumns, kStepEpochs, word
-// offsets, and the phases: stream_layer, prefill_layers, decode_layers.
+// Model: Mesh, Ring, Shared (regions of shared memory), Head, kPrefillColumns, kDecodeColumns, kPrefillRows and
+// kDecodeRows (whether such steps exchange rows), kWideColumns (0: no wide prefill steps) and WideRing, kStepEpochs,
+// word offsets, and the phases: stream_layer, prefill_layers, wide_layers, decode_layers.
 #pragma once
 #include "attention.cuh"
+#include "attention_rows.cuh"
 #include "exchange.cuh"
 #include "head.cuh"
 #include "linear.cuh"
 #include "residual.cuh"
+#include "rows.cuh"
 #include "sampling.cuh"
+#include "stream_rows.cuh"
 
 namespace mirage {
 
-template <class Model>
-MIRAGE_DEVICE void stream_weights(const Params& params, RingWriter<typename Model::Ring>& ring, int cta) {
+// Asks for the weights of a CTA's part of the layers. False when the consumers have stopped.
+template <class Model, class R>
+MIRAGE_DEVICE bool stream_layers(RingWriter<R>& ring, const uint8_t*& source, int cta) {
   typedef typename Model::Mesh Mesh;
+  bool more = true;
+  if (cta < Mesh::kWorkers)
+#pragma unroll 1
+    for (int layer = 0; more && layer < Model::kLayers; layer++)
+      more = Model::stream_layer(ring, source, cta / Mesh::kMembers, cta % Mesh::kMembers);
+  return more;
+}
+
+// The producer warp.
+template <class Model>
+MIRAGE_DEVICE void stream_weights(const Params& params, uint8_t* shared, int cta, int lane) {
+  typedef typename Model::Mesh Mesh;
+  typedef typename Model::Ring Ring;
+  typedef typename Model::Shared Shared;
   // A small model leaves some CTAs without weights.
   if (params.stream_offsets[cta] == params.stream_offsets[cta + 1]) return;
   const uint8_t* stream = params.weights + params.stream_offsets[cta];
+  const Slice head = head_slice<typename Model::Head, Mesh>(cta);
+  RingWriter<Ring> ring{*reinterpret_cast<RingStorage<Ring>*>(shared + Shared::kRingStorage), shared + Shared::kPages,
+                        lane};
+  if constexpr (Model::kWideColumns > 0) {
+    typedef typename Model::WideRing Wide;
+    RingWriter<Wide> wide{*reinterpret_cast<RingStorage<Wide>*>(shared + Shared::kWideRingStorage),
+                          shared + Shared::kWidePages, lane};
+    bool more = true;
+#pragma unroll 1
+    for (uint32_t step = 0; more && step < params.wide_steps; step++) {
+      const uint8_t* source = stream;
+      more = stream_layers<Model>(wide, source, cta);
+    }
+    wide.drain();
+    if (!more || (params.wide_steps > 0 && !ring.await_hand_over())) return;
+  }
+  // The last prefill step makes tokens, and so does every step after it.
+  const bool wide_last = params.wide_steps > 0 && params.prefill_steps == 0;
 #pragma unroll 1
   for (uint32_t step = 0;; step++) {
     const uint8_t* source = stream;
     bool more = true;
-    if (cta < Mesh::kWorkers)
-#pragma unroll 1
-      for (int layer = 0; more && layer < Model::kLayers; layer++)
-        more = Model::stream_layer(ring, source, cta / Mesh::kMembers, cta % Mesh::kMembers);
-    if (more && step >= params.prefill_steps)
-      more = stream_linear<typename Model::Head>(ring, source, head_slice<typename Model::Head, Mesh>(cta),
-                                                 Model::Ring::kHeadInFlight);
+    if (step > 0 || !wide_last)
+      more = stream_layers<Model>(ring, source, cta);
+    else  // The head's weights come last.
+      source = params.weights + params.stream_offsets[cta + 1] - bytes_of(head);
+    if (more && step + 1 >= params.prefill_steps)
+      more = stream_linear<typename Model::Head>(ring, source, head, Ring::kHeadInFlight);
     if (!more) break;
   }
   ring.drain();
 }
 
-// {cos, sin} of every column's position.
+// {cos, sin} of every column's position, for attention of words.
 template <class Model, int C, class R>
 MIRAGE_DEVICE void load_rope(Context<R>& x) {
   constexpr int kPairs = Model::kRopePairs;
@@ -54,9 +92,9 @@ MIRAGE_DEVICE uint32_t cancelled_by_host(const Context<R>& x) {
 }
 
 template <class R>
-MIRAGE_DEVICE void begin_prefill_step(Context<R>& x, int columns, uint32_t step) {
+MIRAGE_DEVICE void begin_prefill_step(Context<R>& x, int columns, const PrefillColumn* of_step) {
   if (x.at.thread < columns) {
-    const PrefillColumn column = x.params.prefill[step * columns + x.at.thread];
+    const PrefillColumn column = of_step[x.at.thread];
     x.columns.slot[x.at.thread] = column.slot;
     x.columns.position[x.at.thread] = column.position;
     x.columns.token[x.at.thread] = column.token;
@@ -76,12 +114,13 @@ MIRAGE_DEVICE float* logits_of(const Params& params, int slot, uint32_t position
   return nullptr;
 }
 
+// Sets the decode columns to the first positions with logits.
 template <class Model, class R>
 MIRAGE_DEVICE void begin_decode(Context<R>& x) {
   const int c = x.at.thread;
   if (c < Model::kDecodeColumns) {
     const bool on = c < static_cast<int>(x.params.batch);
-    const uint32_t position = on ? x.params.sequences[c].first_decode : 0;
+    const uint32_t position = on ? x.params.sequences[c].first_logits : 0;
     x.columns.slot[c] = on ? c : -1;
     x.columns.position[c] = position;
     x.columns.token[c] = on ? x.params.prompts[c * Model::kMaxSeq + position] : 0;
@@ -90,6 +129,35 @@ MIRAGE_DEVICE void begin_decode(Context<R>& x) {
     begin_draws(x, c);
   }
   sync_consumers();
+}
+
+// Turns the columns of the last prefill step into those of a decode step after its layers: a sequence's last position
+// becomes the column of its slot, with its row of the head's input. P: columns of the prefill step.
+template <class Model, int P, class R>
+MIRAGE_DEVICE void end_prefill(Context<R>& x) {
+  constexpr int C = Model::kDecodeColumns;
+  static_assert(P >= C, "the last prefill step holds the last position of every sequence");
+  // Sequences come in the order of their slots: a row moves to a lower place, or stays.
+  int* last = reinterpret_cast<int*>(x.scratch);
+  const int c = x.at.thread;
+  if (c < P) {
+    const int slot = x.columns.slot[c];
+    if (slot >= 0 && (c + 1 == P || x.columns.slot[c + 1] != slot)) last[slot] = c;
+  }
+  sync_consumers();
+  const int batch = static_cast<int>(x.params.batch);
+  const float squares = c < batch ? sum_of_squares<P>(x.sum_squares, last[c]) : 0.f;
+  constexpr int kStride = padded(Model::Head::kWidth) / 8;  // of a row, in threads' 16 bytes
+  uint4* rows = reinterpret_cast<uint4*>(x.activation);
+#pragma unroll 1
+  for (int i = c; i < kStride; i += kConsumers)
+#pragma unroll 1
+    for (int slot = 0; slot < batch; slot++) rows[slot * kStride + i] = rows[last[slot] * kStride + i];
+  sync_consumers();
+  if (c < C)
+#pragma unroll
+    for (int w = 0; w < WarpsOfColumns<C>::kWarps; w++) x.sum_squares[c * kConsumerWarps + w] = w == 0 ? squares : 0.f;
+  begin_decode<Model>(x);
 }
 
 // Moves every column to its next position: the next token is given or the winner. True while any sequence goes on.
@@ -126,21 +194,20 @@ MIRAGE_DEVICE bool advance(Context<R>& x) {
   return any;
 }
 
-template <class Model>
-MIRAGE_DEVICE Context<typename Model::Ring> context_of(const Params& params, const Place& at, uint8_t* shared) {
-  typedef typename Model::Ring Ring;
+template <class Model, class R>
+MIRAGE_DEVICE Context<R> context_of(const Params& params, const Place& at, uint8_t* shared, RingStorage<R>& storage,
+                                    int pages_at) {
   typedef typename Model::Shared Shared;
-  return Context<Ring>{
-      params,
-      at,
-      RingReader<Ring>{*reinterpret_cast<RingStorage<Ring>*>(shared + Shared::kRingStorage), shared + Shared::kPages},
-      *reinterpret_cast<Columns*>(shared + Shared::kColumns),
-      *reinterpret_cast<Draws*>(shared + Shared::kDraws),
-      reinterpret_cast<bf16*>(shared + Shared::kActivation),
-      reinterpret_cast<float*>(shared + Shared::kScratch),
-      reinterpret_cast<float*>(shared + Shared::kSumSquares),
-      reinterpret_cast<float2*>(shared + Shared::kRope),
-      reinterpret_cast<float*>(shared + Shared::kStream)};
+  return Context<R>{params,
+                    at,
+                    RingReader<R>{storage, shared + pages_at},
+                    *reinterpret_cast<Columns*>(shared + Shared::kColumns),
+                    *reinterpret_cast<Draws*>(shared + Shared::kDraws),
+                    reinterpret_cast<bf16*>(shared + Shared::kActivation),
+                    reinterpret_cast<float*>(shared + Shared::kScratch),
+                    reinterpret_cast<float*>(shared + Shared::kSumSquares),
+                    reinterpret_cast<float2*>(shared + Shared::kRope),
+                    reinterpret_cast<float*>(shared + Shared::kStream)};
 }
 
 // By the parity of the step: a CTA without a part of the layers may still read the last step's candidates while the
@@ -173,6 +240,41 @@ MIRAGE_DEVICE void sample_columns(Context<R>& x, uint32_t epoch) {
       exchange + Model::kBarrierAt, epoch);
 }
 
+// The prefill steps of one width. The last step of all leaves its columns to the head. True when the host has
+// cancelled.
+template <class Model, bool kWide, class R>
+MIRAGE_DEVICE bool prefill(Context<R>& x, uint32_t& epoch) {
+  typedef typename Model::Mesh Mesh;
+  constexpr int P = kWide ? Model::kWideColumns : Model::kPrefillColumns;
+  const Params& params = x.params;
+  const uint32_t steps = kWide ? params.wide_steps : params.prefill_steps;
+  const PrefillColumn* columns = params.prefill + (kWide ? 0 : params.wide_steps * Model::kWideColumns);
+#pragma unroll 1
+  for (uint32_t step = 0; step < steps; step++) {
+    const uint32_t cancelled = cancelled_by_host(x);
+    const bool last = step + 1 == steps && !(kWide && params.prefill_steps > 0);
+    x.mark(Mark::kPrefillStep);
+    begin_prefill_step(x, P, columns + step * P);
+    if constexpr (kWide || Model::kPrefillRows) count_columns<P>(x);
+    if constexpr (!kWide && !Model::kPrefillRows) load_rope<Model, P>(x);
+    sync_consumers();
+    if (x.at.cta < Mesh::kWorkers || last) {
+      if constexpr (kWide)
+        Model::wide_layers(x, epoch);
+      else
+        Model::prefill_layers(x, epoch);
+    }
+    if (last) {
+      end_prefill<Model, P>(x);
+      break;
+    }
+    // The next step reads the cache rows that other CTAs wrote in this one.
+    if (grid_barrier<Mesh>(x, params.exchange + Model::kBarrierAt, epoch + Model::kLayers + 1, cancelled)) return true;
+    epoch += Model::kStepEpochs;
+  }
+  return false;
+}
+
 template <class Model>
 MIRAGE_DEVICE void generate(const Params& params) {
   typedef typename Model::Mesh Mesh;
@@ -182,44 +284,60 @@ MIRAGE_DEVICE void generate(const Params& params) {
   extern __shared__ __align__(128) uint8_t shared[];
   RingStorage<Ring>& storage = *reinterpret_cast<RingStorage<Ring>*>(shared + Shared::kRingStorage);
   const Place at = place_of_this_thread<Mesh>();
-  if (at.thread == 0) init_ring(storage);
+  if (at.thread == 0) {
+    init_ring(storage);
+    if constexpr (Model::kWideColumns > 0)
+      init_ring(*reinterpret_cast<RingStorage<typename Model::WideRing>*>(shared + Shared::kWideRingStorage));
+  }
   __syncthreads();
   if (at.warp == kConsumerWarps) {
-    RingWriter<Ring> ring{storage, shared + Shared::kPages, at.lane};
-    stream_weights<Model>(params, ring, at.cta);
+    stream_weights<Model>(params, shared, at.cta, at.lane);
     return;
   }
-  Context<Ring> x = context_of<Model>(params, at, shared);
+  Trace trace;
 #ifdef MIRAGE_TRACE
   if (at.thread == 0) {
-    x.trace.next = params.trace + static_cast<size_t>(at.cta) * params.trace_events;
-    x.trace.end = x.trace.next + params.trace_events;
+    trace.next = params.trace + static_cast<size_t>(at.cta) * params.trace_events;
+    trace.end = trace.next + params.trace_events;
   }
 #endif
   clear_histograms<Model>(params, at);
 
   uint32_t epoch = params.epoch;
-#pragma unroll 1
-  for (uint32_t step = 0; step < params.prefill_steps; step++, epoch += Model::kStepEpochs) {
-    const uint32_t cancelled = cancelled_by_host(x);
-    x.mark(Mark::kPrefillStep);
-    begin_prefill_step(x, Model::kPrefillColumns, step);
-    load_rope<Model, Model::kPrefillColumns>(x);
-    sync_consumers();
-    if (at.cta < Mesh::kWorkers) Model::prefill_layers(x, epoch);
-    // The next step reads the cache rows that other CTAs wrote in this one.
-    if (grid_barrier<Mesh>(x, params.exchange + Model::kBarrierAt, epoch + Model::kLayers + 1, cancelled)) {
-      if (at.thread == 0) storage.stop = 1;
-      return;
+  if constexpr (Model::kWideColumns > 0) {
+    typedef typename Model::WideRing Wide;
+    if (params.wide_steps > 0) {
+      RingStorage<Wide>& wide = *reinterpret_cast<RingStorage<Wide>*>(shared + Shared::kWideRingStorage);
+      Context<Wide> x = context_of<Model>(params, at, shared, wide, Shared::kWidePages);
+      x.trace = trace;
+      if (prefill<Model, true>(x, epoch)) {
+        if (at.thread == 0) wide.stop = storage.stop = 1;
+        return;
+      }
+      trace = x.trace;
+      hand_over(storage, at.lane);
     }
   }
-  begin_decode<Model>(x);
+  Context<Ring> x = context_of<Model>(params, at, shared, storage, Shared::kPages);
+  x.trace = trace;
+  if (prefill<Model, false>(x, epoch)) {
+    if (at.thread == 0) storage.stop = 1;
+    return;
+  }
+  bool prefilled = params.wide_steps + params.prefill_steps > 0;
+  if (!prefilled) begin_decode<Model>(x);
 #pragma unroll 1
   for (;; epoch += Model::kStepEpochs) {
-    x.mark(Mark::kDecodeStep);
-    load_rope<Model, C>(x);
-    sync_consumers();
-    Model::decode_layers(x, epoch);
+    if (!prefilled) {
+      x.mark(Mark::kDecodeStep);
+      if constexpr (Model::kDecodeRows)
+        count_columns<C>(x);
+      else
+        load_rope<Model, C>(x);
+      sync_consumers();
+      Model::decode_layers(x, epoch);
+    }
+    prefilled = false;
     const uint32_t last = epoch + Model::kLayers + 1;
     const uint32_t parity = epoch / Model::kStepEpochs % 2;
     uint4* candidates = candidates_of<Model>(params, parity);

@@ -82,10 +82,10 @@ struct HeadGammas {
   }
 };
 
-// Makes a gathered head ready for scores, by one warp: norm, RoPE, and for queries the scale. Keys and values go to the
-// cache row `append`, if there is one.
+// Makes a gathered head ready for scores, by one warp: norm, RoPE by the position's {cos, sin}, and for queries the
+// scale. Keys and values go to the cache row `append`, if there is one.
 template <class A, class R>
-MIRAGE_DEVICE void prepare_head(Context<R>& x, HeadKind kind, bf16* head, const HeadLane<A>& gamma, int column,
+MIRAGE_DEVICE void prepare_head(Context<R>& x, HeadKind kind, bf16* head, const HeadLane<A>& gamma, const float2* rope,
                                 bf16* append) {
   if (kind == HeadKind::kValue && !append) return;
   HeadLane<A> values;
@@ -93,7 +93,7 @@ MIRAGE_DEVICE void prepare_head(Context<R>& x, HeadKind kind, bf16* head, const 
   if (kind != HeadKind::kValue) {
     if (kind == HeadKind::kQuery ? A::kQNorm : A::kKNorm)
       values.norm(gamma, kind == HeadKind::kQuery ? A::kQEps : A::kKEps);
-    values.rotate(x.rope + column * (A::kHeadDim / 2), x.at.lane);
+    values.rotate(rope, x.at.lane);
     if (kind == HeadKind::kQuery) values.scale(A::kScale);
     values.store(head, x.at.lane);
   }
@@ -131,8 +131,8 @@ MIRAGE_DEVICE void gather_all_heads(Context<R>& x, int layer, uint32_t epoch) {
     bf16* append = nullptr;
     if (appends && kind != HeadKind::kQuery)
       append = append_to<A>(x, kind, layer, column, (head - A::kHeads) % A::kKvHeads);
-    prepare_head<A>(x, kind, x.activation + column * padded(A::kWidth) + head * A::kHeadDim, gammas.of(kind), column,
-                    append);
+    prepare_head<A>(x, kind, x.activation + column * padded(A::kWidth) + head * A::kHeadDim, gammas.of(kind),
+                    x.rope + column * (A::kHeadDim / 2), append);
   }
   sync_consumers();
   x.mark(Mark::kPrepared);
@@ -177,7 +177,7 @@ MIRAGE_DEVICE void gather_heads_of_task(Context<R>& x, bf16* to, const Attention
     const HeadKind kind = head < H ? HeadKind::kQuery : head == H ? HeadKind::kKey : HeadKind::kValue;
     bf16* append = nullptr;
     if (appends && kind != HeadKind::kQuery) append = append_to<A>(x, kind, layer, task.column, task.kv_head);
-    prepare_head<A>(x, kind, to + head * D, gammas.of(kind), task.column, append);
+    prepare_head<A>(x, kind, to + head * D, gammas.of(kind), x.rope + task.column * (A::kHeadDim / 2), append);
   }
   sync_consumers();
   x.mark(Mark::kPrepared);

@@ -35,6 +35,11 @@ MIRAGE_DEVICE Slice slice_of(int group, int member) {
   return Slice{rows, k};
 }
 
+// Bytes of a slice in a CTA's stream.
+MIRAGE_DEVICE size_t bytes_of(const Slice& slice) {
+  return static_cast<size_t>(slice.rows.count) * slice.k.count * 512;
+}
+
 // Row tiles of a pass over a slice of `rows` row tiles.
 template <class L>
 MIRAGE_DEVICE int pass_rows(int rows, int pass) {
@@ -65,10 +70,46 @@ struct Product {
   float v[L::kTilesPerWarp][kColumnTiles][4];
 };
 
-// One pass: this warp's row tiles over its share of the column tiles.
+// Columns of a step that exchanges words, at most. Products of more do not leave the registers for all operands at
+// once.
+constexpr int kMostWordColumns = 16;
+
+// The row of a column to which a lane points in multiply_many, of the first 16 columns, in shared memory. Lanes of
+// eight point to the rows of one of four 8x8 matrices: two halves of a column tile's elements, two of the columns.
+MIRAGE_DEVICE uint32_t columns_of_lane(const bf16* activation, int stride, const Place& at) {
+  return shared_address(activation + (at.lane / 16 * 8 + at.lane % 8) * stride + at.lane / 8 % 2 * 8);
+}
+
+// Adds one column tile's products of many columns: a warp's rows are held, and the columns go by, 16 at a time. `tiles`
+// and `columns`: the first of that column tile. `stride`: of a column, in bytes. `used`: columns that are not idle.
+template <class L, int C>
+MIRAGE_DEVICE void multiply_many(Product<L, C>& product, const uint4* tiles, uint32_t columns, int stride, int rows,
+                                 int used, const Place& at) {
+  static_assert(C % 16 == 0, "columns go by 16 at a time");
+  const int first_row = at.warp / L::kWarpK * L::kTilesPerWarp;
+  uint4 a[L::kTilesPerWarp];
+#pragma unroll
+  for (int m = 0; m < L::kTilesPerWarp; m++) {
+    a[m] = make_uint4(0, 0, 0, 0);
+    if (L::kRowsExact || first_row + m < rows) a[m] = tiles[(first_row + m) * kWarp + at.lane];
+  }
+#pragma unroll
+  for (int n = 0; n < C / 8; n += 2) {
+    if (n * 8 >= used) break;
+    const uint4 b = load_matrices(columns + n * 8 * stride);
+#pragma unroll
+    for (int m = 0; m < L::kTilesPerWarp; m++) {
+      mma(product.v[m][n], a[m], b.x, b.y);
+      mma(product.v[m][n + 1], a[m], b.z, b.w);
+    }
+  }
+}
+
+// One pass: this warp's row tiles over its share of the column tiles. keep: the pages are gone through once more. used:
+// columns beyond these, of many, may be left out.
 template <class L, int C, class R>
 MIRAGE_DEVICE void multiply(Product<L, C>& product, RingReader<R>& ring, const bf16* activation, int stride, int rows,
-                            int k_tiles, const Place& at) {
+                            int k_tiles, const Place& at, bool keep = false, int used = C) {
   constexpr int kTilesOfPage = L::kPageK / L::kWarpK;
   const int warp_row = at.warp / L::kWarpK, warp_k = at.warp % L::kWarpK;
 #pragma unroll
@@ -77,6 +118,7 @@ MIRAGE_DEVICE void multiply(Product<L, C>& product, RingReader<R>& ring, const b
     for (int n = 0; n < Product<L, C>::kColumnTiles; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) product.v[m][n][i] = 0.f;
+  const uint32_t columns = columns_of_lane(activation, stride, at);
   const int column = at.lane / 4;
   const bf16* x = activation + column * stride + (at.lane % 4) * 2;
 #pragma unroll 1
@@ -86,28 +128,36 @@ MIRAGE_DEVICE void multiply(Product<L, C>& product, RingReader<R>& ring, const b
     for (int i = 0; i < kTilesOfPage; i++) {
       const int local = warp_k * kTilesOfPage + i;
       if (L::kKExact || k0 + local < k_tiles) {
-        uint32_t b[Product<L, C>::kColumnTiles][2];
+        if constexpr (C > kMostWordColumns) {
+          multiply_many<L, C>(product, page + local * rows * kWarp, columns + (k0 + local) * 32, stride * 2, rows, used,
+                              at);
+        } else {
+          uint32_t b[Product<L, C>::kColumnTiles][2];
 #pragma unroll
-        for (int n = 0; n < Product<L, C>::kColumnTiles; n++) {
-          b[n][0] = b[n][1] = 0;
-          if (C % 8 == 0 || column + n * 8 < C) {
-            const bf16* xk = x + n * 8 * stride + (k0 + local) * 16;
-            b[n][0] = *reinterpret_cast<const uint32_t*>(xk);
-            b[n][1] = *reinterpret_cast<const uint32_t*>(xk + 8);
+          for (int n = 0; n < Product<L, C>::kColumnTiles; n++) {
+            b[n][0] = b[n][1] = 0;
+            if (C % 8 == 0 || column + n * 8 < C) {
+              const bf16* xk = x + n * 8 * stride + (k0 + local) * 16;
+              b[n][0] = *reinterpret_cast<const uint32_t*>(xk);
+              b[n][1] = *reinterpret_cast<const uint32_t*>(xk + 8);
+            }
           }
-        }
 #pragma unroll
-        for (int m = 0; m < L::kTilesPerWarp; m++) {
-          const int row = warp_row * L::kTilesPerWarp + m;
-          if (L::kRowsExact || row < rows) {
-            const uint4 a = page[(local * rows + row) * kWarp + at.lane];
+          for (int m = 0; m < L::kTilesPerWarp; m++) {
+            const int row = warp_row * L::kTilesPerWarp + m;
+            if (L::kRowsExact || row < rows) {
+              const uint4 a = page[(local * rows + row) * kWarp + at.lane];
 #pragma unroll
-            for (int n = 0; n < Product<L, C>::kColumnTiles; n++) mma(product.v[m][n], a, b[n][0], b[n][1]);
+              for (int n = 0; n < Product<L, C>::kColumnTiles; n++) mma(product.v[m][n], a, b[n][0], b[n][1]);
+            }
           }
         }
       }
     }
-    ring.release(at.lane);
+    if (keep)
+      ring.at.advance();
+    else
+      ring.release(at.lane);
   }
 }
 

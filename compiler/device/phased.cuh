@@ -31,11 +31,6 @@ struct PhasedParams {
   uint64_t layer;
 };
 
-// Bytes of a slice in a CTA's stream.
-MIRAGE_DEVICE size_t bytes_of(const Slice& slice) {
-  return static_cast<size_t>(slice.rows.count) * slice.k.count * 512;
-}
-
 // Calls f(value, saved value) for all that this thread keeps of the stream.
 template <class R, class X, class Mesh, int C, class F>
 MIRAGE_DEVICE void for_each_saved(const Context<R>& x, Replicated<X, Mesh, C>& stream, float* saved, F f) {
@@ -48,6 +43,11 @@ template <class R, class X, class Mesh, int C, class F>
 MIRAGE_DEVICE void for_each_saved(const Context<R>& x, Scattered<X, Mesh, C>& stream, float* saved, F f) {
 #pragma unroll
   for (int i = 0; i < kValuesPerWord; i++) f(stream.v[i], saved[i * kConsumers + x.at.thread]);
+}
+template <class R, class W, class Mesh, int C, int kWidest, class F>
+MIRAGE_DEVICE void for_each_saved(const Context<R>& x, StreamRows<W, Mesh, C, kWidest>& stream, float* saved, F f) {
+#pragma unroll
+  for (int i = 0; i < kChunk; i++) f(stream.value.v[i], saved[i * kConsumers + x.at.thread]);
 }
 template <class K, class R, class S>
 MIRAGE_DEVICE void load_stream(const Context<R>& x, S& stream, const PhasedParams& p) {
@@ -75,7 +75,14 @@ MIRAGE_DEVICE void load_columns(Context<R>& x, const PhasedState& state) {
   sync_consumers();
 }
 
-// A kernel of a step's layers, or the head.
+template <class Model>
+MIRAGE_DEVICE Context<typename Model::Ring> context_of_chain(const Params& params, const Place& at, uint8_t* shared) {
+  typedef RingStorage<typename Model::Ring> Storage;
+  Storage& storage = *reinterpret_cast<Storage*>(shared + Model::Shared::kRingStorage);
+  return context_of<Model>(params, at, shared, storage, Model::Shared::kPages);
+}
+
+// A kernel of a step's layers, or a head.
 template <class Model, class K>
 MIRAGE_DEVICE void run_phases(const PhasedParams& p) {
   typedef typename Model::Ring Ring;
@@ -92,12 +99,15 @@ MIRAGE_DEVICE void run_phases(const PhasedParams& p) {
     return;
   }
   await_previous_kernel();
-  Context<Ring> x = context_of<Model>(p.params, at, shared);
+  Context<Ring> x = context_of_chain<Model>(p.params, at, shared);
   if (K::kPrefill)
-    begin_prefill_step(x, K::C, p.state->prefill_step);
+    begin_prefill_step(x, K::C, p.params.prefill + p.state->prefill_step * K::C);
   else
     load_columns(x, *p.state);
-  load_rope<Model, K::C>(x);
+  if constexpr (K::kPrefill ? Model::kPrefillRows : Model::kDecodeRows)
+    count_columns<K::C>(x);
+  else
+    load_rope<Model, K::C>(x);
   sync_consumers();
   K::run(x, p, static_cast<int>(p.layer), p.state->epoch);
 }
@@ -109,7 +119,7 @@ MIRAGE_DEVICE void begin_generation(const PhasedParams& p) {
   if (at.warp < kConsumerWarps) clear_histograms<Model>(p.params, at);
 }
 
-// Of one CTA: the next prefill step.
+// Of one CTA: the next prefill step, after all but the last.
 template <class Model>
 MIRAGE_DEVICE void end_prefill_step(const PhasedParams& p) {
   allow_next_kernel();
@@ -130,7 +140,7 @@ MIRAGE_DEVICE void choose_tokens(const PhasedParams& p) {
   allow_next_kernel();
   if (at.warp == kConsumerWarps) return;
   await_previous_kernel();
-  Context<typename Model::Ring> x = context_of<Model>(p.params, at, shared);
+  Context<typename Model::Ring> x = context_of_chain<Model>(p.params, at, shared);
   load_columns(x, *p.state);
   const uint32_t parity = p.state->parity, last = p.state->epoch + Model::kLayers + 1;
   collect_candidates<typename Model::Head, C, Mesh>(x, candidates_of<Model>(p.params, parity), last);
@@ -147,7 +157,7 @@ MIRAGE_DEVICE void end_decode_step(const PhasedParams& p) {
   allow_next_kernel();
   if (at.warp == kConsumerWarps) return;
   await_previous_kernel();
-  Context<typename Model::Ring> x = context_of<Model>(p.params, at, shared);
+  Context<typename Model::Ring> x = context_of_chain<Model>(p.params, at, shared);
   load_columns(x, *p.state);
   if (at.thread < C) winners_of<C>(x)[at.thread] = p.state->winners[at.thread];
   sync_consumers();

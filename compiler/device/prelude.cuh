@@ -89,6 +89,17 @@ MIRAGE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
                : "r"(a0), "r"(a1), "r"(b));
 }
 
+// Four 8x8 matrices of bf16 in shared memory, of which lane l has the address of row l % 8 of matrix l / 8: of each,
+// the lane gets two elements of row l / 4, as an mma's B operand has them.
+MIRAGE_DEVICE uint4 load_matrices(uint32_t row) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(row)
+               : "memory");
+  return v;
+}
+
 // Reads through L2 only: for data other SMs write while the kernel runs.
 MIRAGE_DEVICE uint4 load_l2(const uint4* p) {
   uint4 v;

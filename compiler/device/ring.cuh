@@ -13,6 +13,8 @@ template <class R>
 struct RingStorage {
   uint64_t full[R::kPages];
   uint64_t empty[R::kPages];
+  // Completes when the consumers leave the memory of the pages to the ring, where something else lies there at first.
+  uint64_t handed_over;
   // Set by the consumers when no further step follows; the producer then takes back what it asked for too much.
   volatile uint32_t stop;
 };
@@ -23,8 +25,18 @@ MIRAGE_DEVICE void init_ring(RingStorage<R>& storage) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&storage.full[i])), "r"(kPageArrivals));
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&storage.empty[i])), "r"(kConsumerWarps));
   }
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&storage.handed_over)), "r"(kConsumerWarps));
   storage.stop = 0;
   publish_barriers();
+}
+
+// Of all consumers: nobody looks any more at what lies where the ring's pages will be.
+template <class R>
+MIRAGE_DEVICE void hand_over(RingStorage<R>& storage, int lane) {
+  fence_pages();
+  __syncwarp();
+  if (lane == 0)
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&storage.handed_over)) : "memory");
 }
 
 // Position in the ring: a page and the parity of its current phase.
@@ -97,6 +109,13 @@ struct RingWriter {
     in_flight++;
     at.advance();
     if (at.page == 0) first_round = false;
+    return true;
+  }
+
+  // Waits until the consumers have handed the pages over. False when they have stopped instead.
+  MIRAGE_DEVICE bool await_hand_over() {
+    while (!__all_sync(~0u, test_barrier(&storage.handed_over, 0)))
+      if (__any_sync(~0u, storage.stop)) return false;
     return true;
   }
 

@@ -123,6 +123,8 @@ pub struct SearchConstants {
     pub hop: f64,
     /// One turn of asking L2 for a thread's batch of words.
     pub poll: f64,
+    /// What a flag beside the data takes more than one in it: fences on both sides, and a trip to L2.
+    pub flag: f64,
     /// A linear's fixed part: first page, cross-warp sum, epilogue.
     pub linear: f64,
     /// A pass of a linear beyond the first.
@@ -296,11 +298,12 @@ impl Machine {
 const GBPS: f64 = 1000.0;
 
 impl SearchConstants {
-    fn all(&self) -> [f64; 12] {
+    fn all(&self) -> [f64; 13] {
         let SearchConstants {
             l2_gbps_per_sm,
             hop,
             poll,
+            flag,
             linear,
             pass,
             attention,
@@ -315,6 +318,7 @@ impl SearchConstants {
             l2_gbps_per_sm,
             hop,
             poll,
+            flag,
             linear,
             pass,
             attention,
@@ -334,6 +338,11 @@ impl SearchConstants {
             .saturating_sub(1);
         let bytes = (words * WORD_BYTES) as f64;
         self.hop + bytes / (self.l2_gbps_per_sm * GBPS) + turns as f64 * self.poll
+    }
+
+    /// An exchange of rows in which every CTA copies so many bytes.
+    pub fn exchange_of_rows(&self, bytes: usize) -> f64 {
+        self.hop + self.flag + bytes as f64 / (self.l2_gbps_per_sm * GBPS)
     }
 
     /// The rate at which `ctas` CTAs stream with so many bytes of each in flight, on a GPU that streams `whole` bytes a

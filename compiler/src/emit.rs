@@ -8,8 +8,8 @@ use std::fmt::Write;
 use crate::arch::Arch;
 use crate::fuse::Epilogue;
 use crate::mesh::Split;
-use crate::plan::StreamForm;
-use crate::program::{Along, Exchange, Linear, Next, Norm, Phase, Program, Step, step_epochs};
+use crate::plan::Transport;
+use crate::program::{Along, Exchange, Linear, Norm, Phase, Program, Rows, step_epochs};
 
 /// Name of the kernel's entry point.
 pub const ENTRY: &str = "mirage_generate";
@@ -31,8 +31,9 @@ macro_rules! headers {
     };
 }
 
-const HEADERS: [(&str, &str); 23] = headers![
+const HEADERS: [(&str, &str); 26] = headers![
     "attention.cuh",
+    "attention_rows.cuh",
     "candidates.cuh",
     "context.cuh",
     "draws.cuh",
@@ -51,7 +52,9 @@ const HEADERS: [(&str, &str); 23] = headers![
     "repack.cuh",
     "residual.cuh",
     "ring.cuh",
+    "rows.cuh",
     "sampling.cuh",
+    "stream_rows.cuh",
     "tasks.cuh",
     "trace.cuh",
     "words.cuh",
@@ -120,6 +123,7 @@ macro_rules! line {
 }
 
 mod phased;
+mod steps;
 
 pub use phased::{PhasedSource, phased_source};
 
@@ -194,17 +198,24 @@ impl Emitter<'_> {
 
     fn memory(&mut self) {
         let p = self.program;
-        line!(self, "struct Ring {{");
-        self.constant("kPages", p.ring.pages);
-        self.constant("kPageBytes", p.ring.page_bytes);
-        self.constant("kInFlight", p.ring.in_flight);
-        self.constant("kHeadInFlight", p.ring.head_in_flight);
-        line!(self, "}};");
-        line!(self);
+        for (name, ring) in ["Ring", "WideRing"].into_iter().zip(p.rings()) {
+            line!(self, "struct {name} {{");
+            self.constant("kPages", ring.pages);
+            self.constant("kPageBytes", ring.page_bytes);
+            self.constant("kInFlight", ring.in_flight);
+            self.constant("kHeadInFlight", ring.head_in_flight);
+            line!(self, "}};");
+            line!(self);
+        }
         line!(self, "// Shared memory: {} bytes.", p.shared.bytes);
         line!(self, "struct Shared {{");
         for region in &p.shared.regions {
             self.constant(&format!("k{}", region.name), region.at);
+        }
+        // All else of wide steps lies where it lies in other steps.
+        let wide = p.wide.iter().flat_map(|wide| &wide.shared.regions);
+        for region in wide.filter(|region| region.name == "Pages") {
+            self.constant("kWidePages", region.at);
         }
         if !p
             .shared
@@ -256,11 +267,22 @@ impl Emitter<'_> {
         self.constant("kPassWords", linear.pass_words());
         self.constant("kWords", linear.words());
         self.constant("kWordsAt", linear.words_at);
+        if !is_head {
+            self.constant("kMostK", t.k);
+            self.constant("kOutputs", linear.outputs());
+            self.rows("", &linear.rows);
+            self.rows("Stream", &linear.stream_rows);
+        }
         if is_head {
             self.constant("kVocab", self.program.vocab);
         }
         line!(self, "}};");
         line!(self);
+    }
+
+    fn rows(&mut self, prefix: &str, rows: &Rows) {
+        self.constant(&format!("k{prefix}RowsAt"), rows.at);
+        self.constant(&format!("k{prefix}FlagsAt"), rows.flags_at);
     }
 
     fn norm(&mut self, prefix: &str, norm: Option<&Norm>) {
@@ -298,6 +320,8 @@ impl Emitter<'_> {
         self.constant("kSlots", p.slots);
         self.constant("kMaxSeq", p.max_seq);
         self.constant("kWordsAt", a.words_at);
+        self.constant("kOutputs", a.outputs() * p.mesh.groups);
+        self.rows("", &a.rows);
         line!(self, "}};");
         line!(self);
     }
@@ -361,13 +385,22 @@ impl Emitter<'_> {
         line!(self, "struct Model {{");
         line!(self, "  typedef mirage::Mesh Mesh;");
         line!(self, "  typedef mirage::Ring Ring;");
+        if p.wide.is_some() {
+            line!(self, "  typedef mirage::WideRing WideRing;");
+        }
         line!(self, "  typedef mirage::Shared Shared;");
         line!(self, "  typedef mirage::Head Head;");
         self.constant("kLayers", p.layers);
         self.constant("kMaxSeq", p.max_seq);
         self.constant("kRopePairs", p.attention.head_dim / 2);
         self.constant("kPrefillColumns", p.prefill.columns);
+        self.constant(
+            "kWideColumns",
+            p.wide.as_ref().map_or(0, |wide| wide.step.columns),
+        );
         self.constant("kDecodeColumns", p.decode.columns);
+        self.flag("kPrefillRows", p.prefill.transport == Transport::Rows);
+        self.flag("kDecodeRows", p.decode.transport == Transport::Rows);
         self.constant("kStepEpochs", step_epochs(p.layers));
         self.constant("kStreamAt", p.exchange.stream_at);
         self.constant("kCandidatesAt", p.exchange.candidates_at);
@@ -393,182 +426,12 @@ impl Emitter<'_> {
             );
         }
         line!(self, "  }}");
-        self.layers("prefill", &p.prefill, false);
-        self.layers("decode", &p.decode, true);
+        self.layers("prefill", &p.prefill);
+        if let Some(wide) = &p.wide {
+            self.layers("wide", &wide.step);
+        }
+        self.layers("decode", &p.decode);
         line!(self, "}};");
-    }
-
-    /// One kind of step: all layers, from the tokens' embeddings to the head's input.
-    fn layers(&mut self, name: &str, step: &Step, with_head: bool) {
-        let first = self.linear_name(0);
-        let Some(shared) = self.shared_view(step) else {
-            return;
-        };
-        let columns = step.columns;
-        line!(self);
-        line!(self, "  // {columns} columns: {}", step.stream);
-        line!(self, "  template <class R>");
-        line!(
-            self,
-            "  MIRAGE_DEVICE static void {name}_layers(Context<R>& x, uint32_t epoch) {{"
-        );
-        line!(self, "    constexpr int C = {columns};");
-        let others = self
-            .gather_of_others(step, "epoch + kLayers")
-            .filter(|_| with_head);
-        if let Some(gather) = others {
-            line!(self, "    if (x.at.cta >= Mesh::kWorkers) {{");
-            line!(
-                self,
-                "      // No part of the layers: only the head's input."
-            );
-            line!(self, "      {gather}");
-            line!(self, "      return;");
-            line!(self, "    }}");
-        }
-        match step.stream {
-            StreamForm::Replicated => line!(self, "    Replicated<{shared}, Mesh, C> stream(x);"),
-            StreamForm::Scattered => line!(self, "    Scattered<{shared}, Mesh, C> stream(x.at);"),
-        }
-        line!(
-            self,
-            "    embed<{first}>(x, stream, gamma_of<{first}>(x.params, 0));"
-        );
-        line!(self, "#pragma unroll 1");
-        line!(self, "    for (int layer = 0; layer < kLayers; layer++) {{");
-        line!(self, "      const uint32_t now = epoch + layer + 1;");
-        line!(self, "      const bf16* gamma_after =");
-        line!(
-            self,
-            "          layer + 1 < kLayers ? gamma_of<{first}>(x.params, layer + 1) : gamma_of<Head>(x.params, 0);"
-        );
-        for phase in &step.layer {
-            self.phase(step, phase);
-        }
-        line!(self, "    }}");
-        if with_head {
-            self.hand_on_to_others("    ", step, "epoch + kLayers");
-        }
-        line!(self, "  }}");
-    }
-
-    /// How the stream is read by those who keep it: its owner and units follow the linears that write it.
-    fn shared_view(&self, step: &Step) -> Option<String> {
-        step.layer.iter().rev().find_map(|phase| match phase {
-            Phase::AddToStream { exchange, .. } | Phase::ReduceScatter { exchange, .. } => {
-                Some(self.view(exchange))
-            }
-            _ => None,
-        })
-    }
-
-    fn has_others(&self) -> bool {
-        self.program.mesh.ctas > self.program.mesh.workers()
-    }
-
-    /// How the CTAs without a part of the layers, where there are any, take in the head's input.
-    fn gather_of_others(&self, step: &Step, epoch: &str) -> Option<String> {
-        let shared = self.shared_view(step).filter(|_| self.has_others())?;
-        let gathered = step.layer.iter().rev().find_map(|phase| match phase {
-            Phase::GatherStream { words_at, .. } => Some(*words_at),
-            _ => None,
-        });
-        let at = gathered.map_or("Model::kStreamAt".to_owned(), |at| at.to_string());
-        Some(format!(
-            "gather_stream<Head, {shared}, Mesh, C>(x, x.params.exchange + {at}, {epoch});"
-        ))
-    }
-
-    /// Gives the head's input to the CTAs without a part of the layers, where they do not see it anyway.
-    fn hand_on_to_others(&mut self, indent: &str, step: &Step, epoch: &str) {
-        let replicated = self.has_others() && step.stream == StreamForm::Replicated;
-        if let Some(shared) = self.shared_view(step).filter(|_| replicated) {
-            line!(
-                self,
-                "{indent}if (x.at.cta == 0) publish_stream<Head, {shared}, Mesh, C>(x, x.params.exchange + Model::kStreamAt, {epoch});"
-            );
-        }
-    }
-
-    /// `contexts`: a last template argument, if not all columns are worked on.
-    fn attention_phase(&mut self, step: &Step, exchange: &Exchange, next: usize, contexts: &str) {
-        let p = self.program;
-        line!(
-            self,
-            "      attention<{}, {}, {}, Mesh, C, {}, {}, {}{contexts}>(x, layer, now);",
-            node_type(&p.attention.name),
-            self.view(exchange),
-            self.linear_name(next),
-            step.kv_splits,
-            step.replicate_below,
-            std::ptr::eq(step, &p.decode)
-        );
-    }
-
-    fn phase(&mut self, step: &Step, phase: &Phase) {
-        let p = self.program;
-        let attention = node_type(&p.attention.name);
-        let (splits, replicate_below) = (step.kv_splits, step.replicate_below);
-        let next_of = |e: &Emitter<'_>, next: &Next| match next {
-            Next::SameLayer(i) => {
-                let name = e.linear_name(*i);
-                let gamma = format!("gamma_of<{name}>(x.params, layer)");
-                (name, gamma)
-            }
-            Next::NextLayer => (e.linear_name(0), "gamma_after".to_owned()),
-        };
-        line!(self, "      // {}", comment(&[p.describe(phase)]));
-        match phase {
-            Phase::Linear(i) => line!(
-                self,
-                "      linear<{}, C, Mesh>(x, now);",
-                self.linear_name(*i)
-            ),
-            Phase::Attention { exchange, next } => self.attention_phase(step, exchange, *next, ""),
-            Phase::CollectHeads { next, all_groups } => line!(
-                self,
-                "      collect_heads<{attention}, {}, {all_groups}, Mesh, C, {splits}, {replicate_below}>(x, now);",
-                self.linear_name(*next)
-            ),
-            Phase::Collect { exchange, next } => line!(
-                self,
-                "      collect_activation<{}, {}, Mesh, C>(x, now);",
-                self.view(exchange),
-                self.linear_name(*next)
-            ),
-            Phase::AddToStream { exchange, next } => {
-                let (name, gamma) = next_of(self, next);
-                line!(
-                    self,
-                    "      add_to_stream<{name}, {}>(x, stream, {gamma}, now);",
-                    self.view(exchange)
-                );
-            }
-            Phase::ReduceScatter {
-                exchange,
-                words_at,
-                next,
-            } => {
-                let (name, gamma) = next_of(self, next);
-                line!(
-                    self,
-                    "      reduce_scatter<{name}, {}>(x, stream, x.params.exchange + {words_at}, {gamma}, now);",
-                    self.view(exchange)
-                );
-            }
-            Phase::GatherStream {
-                exchange,
-                words_at,
-                next,
-            } => {
-                let (name, _) = next_of(self, next);
-                line!(
-                    self,
-                    "      gather_stream<{name}, {}, Mesh, C>(x, x.params.exchange + {words_at}, now);",
-                    self.view(exchange)
-                );
-            }
-        }
     }
 }
 

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use mirage_compiler::cost::WORDS_IN_FLIGHT;
+use mirage_compiler::plan::Target;
 use mirage_compiler::program::{
-    CHOICE_BYTES, CONSUMER_WARPS, DRAW_BYTES, MOST_HEADS, QUEUE_BYTES, STRIPE, THREADS,
-    VALUES_PER_WORD,
+    CHOICE_BYTES, CHUNK, CONSUMER_WARPS, DRAW_BYTES, MOST_HEADS, MOST_PRODUCTS, QUEUE_BYTES,
+    STRIPE, THREADS, VALUES_PER_WORD,
 };
 
 /// The constants of a header that are numbers, sums or products of what stands above them.
@@ -55,6 +56,13 @@ fn the_device_library_agrees() {
     check(&format!("{prelude}{kv_cache}"), "kStripe", STRIPE);
     let attention = include_str!("../device/attention.cuh");
     check(attention, "kMostHeads", MOST_HEADS);
+    let linear = include_str!("../device/linear.cuh");
+    check(linear, "kMostWordColumns", Target::MAX_WORD_COLUMNS);
+    let rows = include_str!("../device/rows.cuh");
+    check(rows, "kBlockColumns", Target::ROW_COLUMNS);
+    check(rows, "kMostProducts", MOST_PRODUCTS);
+    let stream_rows = include_str!("../device/stream_rows.cuh");
+    check(stream_rows, "kChunk", CHUNK);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use prefill::{PrefillColumn, PrefillSequence, prefill_steps};
+pub use prefill::{PrefillColumn, Widths, prefill_steps};
 pub use request::{GenerateRequest, Limits, RequestError};
 
 /// Why a sequence ended.

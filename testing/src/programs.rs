@@ -2,7 +2,7 @@
 
 use mirage_compiler::arch::{Arch, GpuModel};
 use mirage_compiler::mesh::{Mesh, Placement, Split};
-use mirage_compiler::plan::{Plan, StreamForm, Target};
+use mirage_compiler::plan::{Plan, StreamForm, Target, Transport};
 use mirage_compiler::program::Program;
 
 use crate::model::Model;
@@ -44,11 +44,21 @@ pub struct Choice {
     pub replicate_below: usize,
     /// Query heads of a task of attention.
     pub heads_per_task: usize,
-    /// Columns of a prefill step.
+    /// Columns of a prefill step; at least the batch's.
     pub prefill_columns: usize,
 }
 
 impl Choice {
+    /// Rows from so many columns on, where they are possible.
+    fn transport(&self, columns: usize, from: usize) -> Transport {
+        let possible = self.stream == StreamForm::Scattered && self.kv_splits == 1;
+        if possible && columns >= from {
+            Transport::Rows
+        } else {
+            Transport::Words
+        }
+    }
+
     /// The program of this plan.
     pub fn program(&self, model: &Model, batch: usize, max_seq: usize) -> Program {
         let gpu = GpuModel::default_for(Arch::Sm90a);
@@ -94,6 +104,9 @@ impl Choice {
             step.stream = self.stream;
             step.kv_splits = self.kv_splits;
         }
+        plan.prefill.transport = self.transport(self.prefill_columns, Target::ROW_COLUMNS);
+        plan.decode.transport = self.transport(plan.decode.columns, Target::MAX_WORD_COLUMNS + 1);
+        plan.wide = None;
         plan.decode.replicate_below = self.replicate_below;
         plan.verify(&model.fused).unwrap();
         Program::new(&model.fused, &plan, &target).unwrap()
@@ -101,7 +114,7 @@ impl Choice {
 
     /// Every placement of the writers with both forms of the stream, on meshes of several shapes.
     pub fn all() -> Vec<Choice> {
-        let mut all = Vec::new();
+        let mut all = Choice::of_rows();
         for (i, writers) in Placement::ALL.into_iter().enumerate() {
             for (j, stream) in [StreamForm::Replicated, StreamForm::Scattered]
                 .into_iter()
@@ -122,10 +135,33 @@ impl Choice {
                         Split::Rows => 0,
                     },
                     heads_per_task: [3, 1][j],
-                    prefill_columns: [4, 8, 1, 16][i],
+                    prefill_columns: [4, 8, 4, 16][i],
                 });
             }
         }
         all
+    }
+
+    /// Every placement of the writers in plans whose prefill, and decode steps of many columns, exchange rows.
+    pub fn of_rows() -> Vec<Choice> {
+        let of_placement = |(i, writers): (usize, Placement)| {
+            let by_rows = writers.groups == Split::Rows && writers.members == Split::Rows;
+            Choice {
+                groups: [2, 1][i % 2],
+                members: [if by_rows { 2 } else { 3 }, 5][i % 2],
+                helpers: [1, 0, 3, 2][i],
+                writers,
+                stream: StreamForm::Scattered,
+                kv_splits: 1,
+                replicate_below: 0,
+                heads_per_task: [1, 3][i % 2],
+                prefill_columns: 64,
+            }
+        };
+        Placement::ALL
+            .into_iter()
+            .enumerate()
+            .map(of_placement)
+            .collect()
     }
 }

@@ -1,5 +1,6 @@
 // Ampere and Ada: pages of weights arrive by cp.async of the whole producer warp.
-// The interface every file in this folder has: kPageArrivals, publish_barriers, test_barrier, fetch_page.
+// The interface every file in this folder has: kPageArrivals, publish_barriers, fence_pages, test_barrier, fetch_page,
+// allow_next_kernel, await_previous_kernel.
 #pragma once
 #include "prelude.cuh"
 
@@ -10,6 +11,9 @@ constexpr int kPageArrivals = kWarp;
 
 // Makes freshly initialised barriers visible to whoever completes them.
 MIRAGE_DEVICE void publish_barriers() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
+
+// Orders this thread's reads and writes of memory before the pages that arrive in it later.
+MIRAGE_DEVICE void fence_pages() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 
 // True once the phase of parity `parity` is complete.
 MIRAGE_DEVICE bool test_barrier(uint64_t* barrier, uint32_t parity) {

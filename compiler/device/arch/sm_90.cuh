@@ -11,6 +11,9 @@ constexpr int kPageArrivals = 1;
 // Makes freshly initialised barriers visible to whoever completes them, the copy engine included.
 MIRAGE_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// Orders this thread's reads and writes of memory before the pages that arrive in it later.
+MIRAGE_DEVICE void fence_pages() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // True once the phase of parity `parity` is complete; may suspend the thread for a while before it says no.
 MIRAGE_DEVICE bool test_barrier(uint64_t* barrier, uint32_t parity) {
   uint32_t done;

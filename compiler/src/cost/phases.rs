@@ -8,9 +8,10 @@ use super::ring::{Arrival, RingWalk};
 use super::{Fan, Machine};
 use crate::fuse::Epilogue;
 use crate::mesh::Mesh;
+use crate::plan::Transport;
 use crate::program::{
     Along, Attention, CONSUMER_WARPS, Exchange, Linear, Phase, Program, STRIPE, Step, TILE_BYTES,
-    VALUES_PER_WORD,
+    VALUES_PER_WORD, WORD_BYTES,
 };
 
 /// Layers until one is like the next.
@@ -35,8 +36,11 @@ pub struct Prediction {
 impl Prediction {
     /// A step of `program` whose columns are at position `depth`. `decode` says which of the two kinds of step.
     pub fn new(program: &Program, machine: &Machine, decode: bool, depth: usize) -> Prediction {
-        let [prefill_step, decode_step] = program.steps().map(|(_, step)| step);
-        let step = if decode { decode_step } else { prefill_step };
+        let step = if decode {
+            &program.decode
+        } else {
+            &program.prefill
+        };
         let mut walk = Walk::new(program, machine, step, decode, depth);
         let mut phases = Vec::new();
         for _ in 0..LAYERS {
@@ -204,9 +208,17 @@ impl<'a> Walk<'a> {
             ctas: self.program.mesh.ctas,
         };
         let (e, ring) = (&self.machine.exchange, &self.program.ring);
-        let idle = e.idle(read.words, fan);
-        let busy = e.busy(read.words, fan, ring.in_flight * ring.page_bytes);
-        let again = (read.turns - 1) as f64 * e.idle(1, fan);
+        // Rows are copied as they are, behind a flag; not measured by itself.
+        let (words, turns, flag) = match self.step.transport {
+            Transport::Words => (read.words, read.turns, 0.0),
+            Transport::Rows => {
+                let bytes = read.words * VALUES_PER_WORD * 2;
+                (bytes.div_ceil(WORD_BYTES), 1, self.machine.search.flag)
+            }
+        };
+        let idle = e.idle(words, fan);
+        let busy = e.busy(words, fan, ring.in_flight * ring.page_bytes);
+        let again = flag + (turns - 1) as f64 * e.idle(1, fan);
         for pace in &mut self.paces {
             // The stream runs until the ring is full.
             let beside = ((pace.ring.full_at() - pace.now) / busy).clamp(0.0, 1.0);

@@ -7,8 +7,7 @@ use std::ops::Range;
 
 use super::{CudaSource, Emitter, headers_for};
 use crate::arch::Arch;
-use crate::plan::StreamForm;
-use crate::program::{CONSUMER_WARPS, Linear, Next, Phase, Program, Step, VALUES_PER_WORD};
+use crate::program::{CHUNK, CONSUMER_WARPS, Linear, Next, Phase, Program, Step, VALUES_PER_WORD};
 
 const HEADER: &str = "phased.cuh";
 const HEADER_TEXT: &str = include_str!("../../device/phased.cuh");
@@ -29,8 +28,10 @@ pub struct PhasedSource {
 impl PhasedSource {
     /// Before everything else, by all CTAs.
     pub const BEGIN: &str = "mirage_begin";
-    /// After the layers of a prefill step, by one CTA.
+    /// After the layers of a prefill step, by one CTA; after those of the last one come the head and what follows it.
     pub const END_PREFILL: &str = "mirage_end_prefill";
+    /// After the layers of the last prefill step, by all CTAs: the logits.
+    pub const PREFILL_HEAD: &str = "mirage_prefill_head";
     /// After the layers of a decode step, by all CTAs: the logits.
     pub const HEAD: &str = "mirage_head";
     /// After the head, by all CTAs: the tokens.
@@ -50,7 +51,8 @@ pub fn phased_source(program: &Program, arch: Arch) -> PhasedSource {
     let mut kernels = Vec::new();
     let prefill = emitter.chain("prefill", &program.prefill, saved_floats, &mut kernels);
     let decode = emitter.chain("decode", &program.decode, saved_floats, &mut kernels);
-    emitter.head_kernel(saved_floats, &mut kernels);
+    emitter.head_kernel(true, saved_floats, &mut kernels);
+    emitter.head_kernel(false, saved_floats, &mut kernels);
     emitter.end_namespace();
     for (name, call) in &kernels {
         emitter.entry(name, call);
@@ -76,12 +78,12 @@ pub fn phased_source(program: &Program, arch: Arch) -> PhasedSource {
     }
 }
 
-/// Values of the stream that a CTA keeps: all that the persistent kernel has in shared memory, or six of every thread.
+/// Values of the stream that a CTA keeps: all that the persistent kernel has in shared memory, or a word or chunk of every thread.
 fn saved_floats(program: &Program) -> usize {
     let regions = &program.shared.regions;
     let kept = regions.iter().find(|region| region.name == "Stream");
     kept.map_or(0, |region| region.bytes / 4)
-        .max(VALUES_PER_WORD * CONSUMER_WARPS * 32)
+        .max(CHUNK.max(VALUES_PER_WORD) * CONSUMER_WARPS * 32)
 }
 
 /// Where a layer's chain is cut: after each phase whose words another CTA waits for. What follows the last of them
@@ -242,12 +244,22 @@ impl Emitter<'_> {
     }
 
     /// What prepares the head's input, and the head.
-    fn head_kernel(&mut self, saved_floats: usize, kernels: &mut Vec<(String, String)>) {
-        let step = &self.program.decode;
+    fn head_kernel(
+        &mut self,
+        prefill: bool,
+        saved_floats: usize,
+        kernels: &mut Vec<(String, String)>,
+    ) {
+        let (step, kind, entry) = if prefill {
+            let entry = PhasedSource::PREFILL_HEAD;
+            (&self.program.prefill, "PrefillLogits", entry)
+        } else {
+            (&self.program.decode, "Logits", PhasedSource::HEAD)
+        };
         let (_, tail) = links(step);
         line!(self);
         line!(self, "// the LM head");
-        self.kernel_constants("Logits", step.columns, false, saved_floats);
+        self.kernel_constants(kind, step.columns, prefill, saved_floats);
         line!(self, "  template <class R>");
         line!(
             self,
@@ -289,20 +301,23 @@ impl Emitter<'_> {
         }
         self.declare_stream("      ", step);
         if step.layer[tail.clone()].iter().any(changes_stream) {
-            line!(self, "      load_stream<Logits>(x, stream, p);");
+            line!(self, "      load_stream<{kind}>(x, stream, p);");
         }
         self.phases("      ", step, &step.layer[tail]);
         self.hand_on_to_others("      ", step, "now");
         line!(self, "    }}");
+        if prefill {
+            line!(self, "    end_prefill<Model, C>(x);");
+        }
         line!(
             self,
-            "    lm_head<Head, C, Mesh>(x, candidates_of<Model>(x.params, p.state->parity), false, now + 1);"
+            "    lm_head<Head, Model::kDecodeColumns, Mesh>(x, candidates_of<Model>(x.params, p.state->parity), false, now + 1);"
         );
         line!(self, "  }}");
         line!(self, "}};");
         kernels.push((
-            PhasedSource::HEAD.to_owned(),
-            "run_phases<mirage::Model, mirage::Logits>".to_owned(),
+            entry.to_owned(),
+            format!("run_phases<mirage::Model, mirage::{kind}>"),
         ));
     }
 
@@ -381,20 +396,6 @@ impl Emitter<'_> {
         let text = self.out.split_off(begin);
         for text in text.lines() {
             line!(self, "{indent}{}", text.trim_start());
-        }
-    }
-
-    fn declare_stream(&mut self, indent: &str, step: &Step) {
-        let Some(shared) = self.shared_view(step) else {
-            return;
-        };
-        match step.stream {
-            StreamForm::Replicated => {
-                line!(self, "{indent}Replicated<{shared}, Mesh, C> stream(x);")
-            }
-            StreamForm::Scattered => {
-                line!(self, "{indent}Scattered<{shared}, Mesh, C> stream(x.at);")
-            }
         }
     }
 

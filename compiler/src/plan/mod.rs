@@ -22,15 +22,20 @@ pub use search::PlanError;
 pub struct Target {
     /// The GPU.
     pub gpu: GpuModel,
-    /// Sequences that run at once, 1 to 16.
+    /// Sequences that run at once, 1 to [`Target::MAX_COLUMNS`].
     pub batch: usize,
     /// Positions the KV cache holds for each sequence.
     pub max_seq: usize,
 }
 
 impl Target {
-    /// Most columns a step computes at once: two mma operands.
-    pub const MAX_COLUMNS: usize = 16;
+    /// Most columns a step computes at once.
+    pub const MAX_COLUMNS: usize = 64;
+    /// Most columns of a step that exchanges words: two mma operands.
+    pub const MAX_WORD_COLUMNS: usize = 16;
+    /// Columns that a step which exchanges rows computes together (`device/rows.cuh`, `kBlockColumns`): it has so many, or
+    /// a multiple.
+    pub const ROW_COLUMNS: usize = 16;
 
     /// Depth of context the cost model assumes: what is usual in chat, or the cache's half where that is less.
     pub fn depth(&self) -> usize {
@@ -56,11 +61,31 @@ impl fmt::Display for StreamForm {
     }
 }
 
+/// How values go from worker to worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Transport {
+    /// In words that carry their epoch: one trip to L2, a thread's work for every six values.
+    Words,
+    /// In rows, with a flag for each worker: a trip more, but whole rows are copied.
+    Rows,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Transport::Words => "words",
+            Transport::Rows => "rows",
+        })
+    }
+}
+
 /// Choices of one kind of step. Prefill and decode differ in how many columns they compute at once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepPlan {
     /// Token positions computed at once: a power of two, at most [`Target::MAX_COLUMNS`].
     pub columns: usize,
+    /// How values are exchanged. Rows need a scattered stream, and attention in one part.
+    pub transport: Transport,
     /// Form of the residual stream.
     pub stream: StreamForm,
     /// Interleaved parts of a sequence's positions that different members attend to.
@@ -80,8 +105,11 @@ pub struct Plan {
     pub placements: Vec<Option<Placement>>,
     /// Query heads of one KV head that share a read of K and V.
     pub heads_per_task: usize,
-    /// Steps that fill the cache with prompt tokens, without the LM head.
+    /// Steps that fill the cache with prompt tokens; the last of them makes the first token of every sequence. The cost is
+    /// without the LM head.
     pub prefill: StepPlan,
+    /// The same with more columns, for what of the prompts is left beyond a prefill step; where shared memory allows.
+    pub wide: Option<StepPlan>,
     /// Steps that make one token for every sequence.
     pub decode: StepPlan,
     /// Bytes of weights a decode step streams.
@@ -95,6 +123,15 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// All kinds of step.
+    pub fn steps(&self) -> impl Iterator<Item = (&'static str, &StepPlan)> {
+        let wide = self.wide.iter().map(|wide| ("wide prefill", wide));
+        [("prefill", &self.prefill)]
+            .into_iter()
+            .chain(wide)
+            .chain([("decode", &self.decode)])
+    }
+
     /// Checks that the plan fits the graph: see the rules in the fused graph and below.
     ///
     /// 1. One placement for each linear of the layer and none for attention.
@@ -200,11 +237,12 @@ impl fmt::Display for Plan {
                 )?,
             }
         }
-        for (name, step) in [("prefill", &self.prefill), ("decode", &self.decode)] {
+        for (name, step) in self.steps() {
             writeln!(
                 f,
-                "{name}: {} columns, residual stream {}, KV in {} splits{}",
+                "{name}: {} columns, exchange of {}, residual stream {}, KV in {} splits{}",
                 step.columns,
+                step.transport,
                 step.stream,
                 step.kv_splits,
                 match step.replicate_below {

@@ -2,13 +2,12 @@
 
 use thiserror::Error;
 
-use super::{Plan, StepPlan, StreamForm, Target};
-use crate::cost::{Machine, Prediction, SearchConstants, StepCost};
+use super::{Plan, StepPlan, StreamForm, Target, Transport};
+use crate::cost::{Machine, SearchConstants, StepCost};
 use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedOp, Input};
 use crate::mesh::{Mesh, Placement, Split};
 use crate::program::{
-    CONSUMER_WARPS, Linear, MOST_HEADS, Program, ProgramError, STRIPE, TILE, TILE_BYTES,
-    VALUES_PER_WORD,
+    CONSUMER_WARPS, MOST_HEADS, Program, ProgramError, TILE, VALUES_PER_WORD, stream_share,
 };
 
 /// Why there is no plan.
@@ -46,6 +45,8 @@ pub enum PlanError {
 const STREAM_WORDS: usize = 8;
 /// Keys and values that every member of a group may read from L2 in a layer to spare itself an exchange of attention's parts.
 const REPLICATED_BYTES: usize = 64 * 1024;
+/// Columns of wide prefill steps, the widest first.
+const WIDTHS: [usize; 2] = [64, 32];
 /// How many of the cheapest plans become programs, at most.
 const TRIES: usize = 2048;
 
@@ -95,30 +96,35 @@ impl Plan {
         let considered = plans.len();
         // What a plan is predicted to take can only grow with what its program's ring costs: once the next plan is not
         // better than the best program, none that follows is.
-        let mut best: Option<(Plan, Program)> = None;
+        let mut best: Option<Best> = None;
         let mut reason = None;
-        for mut plan in plans.into_iter().take(TRIES) {
+        for plan in plans.into_iter().take(TRIES) {
             if best
                 .as_ref()
-                .is_some_and(|(best, _)| objective(best) <= objective(&plan))
+                .is_some_and(|best| objective(&best.plan) <= objective(&plan))
             {
                 break;
             }
-            plan.considered = considered;
-            match Program::new(graph, &plan, target) {
-                Ok(mut program) => {
+            let bound = Plan { considered, ..plan };
+            match Program::new(graph, &bound, target) {
+                Ok(program) => {
+                    let mut plan = bound.clone();
                     search.add_ring(&mut plan, &program);
                     if best
                         .as_ref()
-                        .is_none_or(|(best, _)| objective(&plan) < objective(best))
+                        .is_none_or(|best| objective(&plan) < objective(&best.plan))
                     {
-                        program.plan = plan.clone();
-                        best = Some((plan, program));
+                        best = Some(Best {
+                            bound,
+                            plan,
+                            program,
+                        });
                     }
                 }
                 Err(error) => reason = reason.or(Some(error)),
             }
         }
+        let best = best.map(|best| search.widened(best));
         let best = best.map(|(mut plan, mut program)| {
             search.predict(&mut plan, &program);
             program.plan = plan.clone();
@@ -133,6 +139,13 @@ impl Plan {
                 .into()
         })
     }
+}
+
+/// The best so far: a plan as it was enumerated, with what its program's ring costs added, and that program.
+struct Best {
+    bound: Plan,
+    plan: Plan,
+    program: Program,
 }
 
 /// What the search minimises: a decode step, and a little of the prefill of a token.
@@ -172,9 +185,13 @@ impl Search<'_> {
                         heads_per_task,
                     };
                     let decodes = self.steps(&frame, decode_columns, true);
-                    let prefills: Vec<StepPlan> = [16, 8, 4, 2, 1]
-                        .iter()
-                        .flat_map(|&columns| self.steps(&frame, columns, false))
+                    let prefills: Vec<StepPlan> = [64, 32, 16, 8, 4, 2, 1]
+                        .into_iter()
+                        // The last prefill step holds every sequence's last position.
+                        .filter(|&columns| {
+                            columns >= decode_columns && columns <= decode_columns.max(16)
+                        })
+                        .flat_map(|columns| self.steps(&frame, columns, false))
                         .collect();
                     for decode in &decodes {
                         for prefill in &prefills {
@@ -187,6 +204,60 @@ impl Search<'_> {
         plans
     }
 
+    /// Adds the widest prefill steps for which there is room, if all else can stay as it is.
+    fn widened(&self, best: Best) -> (Plan, Program) {
+        let Best {
+            bound,
+            mut plan,
+            mut program,
+        } = best;
+        // Smaller batches have not been measured with them.
+        if self.target.batch <= Target::MAX_WORD_COLUMNS {
+            return (plan, program);
+        }
+        let frame = Frame {
+            mesh: plan.mesh,
+            placements: &bound.placements,
+            heads_per_task: plan.heads_per_task,
+        };
+        let of_rows = |columns: usize| {
+            let mut step = self.step_of_rows(&frame, columns)?;
+            step.cost = self.cost(&frame, &step, false);
+            Some(step)
+        };
+        // A column must not depend on how wide its step is, which follows from the other prompts: with any, all prefill steps
+        // exchange rows.
+        let narrow = if self.target.batch == 1 {
+            Some(bound.prefill.clone())
+        } else {
+            of_rows(bound.prefill.columns)
+        };
+        let widths = WIDTHS.into_iter();
+        let found = widths
+            .filter(|&columns| columns > bound.prefill.columns)
+            .find_map(|columns| {
+                let with = Plan {
+                    prefill: narrow.clone()?,
+                    wide: Some(of_rows(columns)?),
+                    ..bound.clone()
+                };
+                let program = &program;
+                let made = Program::new(self.graph, &with, self.target).ok()?;
+                let tilings = |p: &Program| p.linears.iter().map(|l| l.tiling).collect::<Vec<_>>();
+                let alike = made.ring == program.ring && tilings(&made) == tilings(program);
+                alike.then_some((with, made))
+            });
+        if let Some((with, made)) = found {
+            if self.target.batch > 1 {
+                plan.prefill = with.prefill;
+            }
+            plan.wide = with.wide;
+            program = made;
+        }
+        program.plan = plan.clone();
+        (plan, program)
+    }
+
     fn plan(&self, frame: &Frame<'_>, prefill: StepPlan, decode: StepPlan) -> Plan {
         let weight_bytes = self.weight_bytes();
         Plan {
@@ -194,6 +265,7 @@ impl Search<'_> {
             placements: frame.placements.to_vec(),
             heads_per_task: frame.heads_per_task,
             prefill,
+            wide: None,
             decode,
             weight_bytes,
             floor: weight_bytes as f64 / self.machine.stream_rate(),
@@ -297,25 +369,51 @@ impl Search<'_> {
         let heads_at_once =
             columns * self.attention.heads / frame.mesh.groups / frame.heads_per_task;
         let kv_splits = (frame.mesh.members / heads_at_once).clamp(1, 16);
-        [StreamForm::Replicated, StreamForm::Scattered]
+        // Words are faster as far as they go.
+        let by_words = columns <= Target::MAX_WORD_COLUMNS;
+        let of_words = [StreamForm::Replicated, StreamForm::Scattered]
             .into_iter()
-            .filter(|form| self.stream_fits(frame, columns, *form))
-            .map(|stream| {
-                let mut step = StepPlan {
-                    columns,
-                    stream,
-                    kv_splits,
-                    replicate_below: if decode {
-                        self.replicate_below(frame, columns)
-                    } else {
-                        0
-                    },
-                    cost: StepCost::default(),
-                };
+            .filter(|form| by_words && self.stream_fits(frame, columns, *form))
+            .map(|stream| StepPlan {
+                columns,
+                transport: Transport::Words,
+                stream,
+                kv_splits,
+                replicate_below: if decode {
+                    self.replicate_below(frame, columns)
+                } else {
+                    0
+                },
+                cost: StepCost::default(),
+            });
+        let of_rows = (!by_words)
+            .then(|| self.step_of_rows(frame, columns))
+            .flatten();
+        of_words
+            .chain(of_rows)
+            .map(|mut step| {
                 step.cost = self.cost(frame, &step, decode);
                 step
             })
             .collect()
+    }
+
+    /// A step that exchanges rows, where a worker's share of the stream fits its threads; its cost is open.
+    fn step_of_rows(&self, frame: &Frame<'_>, columns: usize) -> Option<StepPlan> {
+        let whole = columns.is_multiple_of(Target::ROW_COLUMNS);
+        (whole && self.rows_fit(frame, columns)).then_some(StepPlan {
+            columns,
+            transport: Transport::Rows,
+            stream: StreamForm::Scattered,
+            kv_splits: 1,
+            replicate_below: 0,
+            cost: StepCost::default(),
+        })
+    }
+
+    fn rows_fit(&self, frame: &Frame<'_>, columns: usize) -> bool {
+        let workers = frame.mesh.workers();
+        stream_share(self.graph.hidden, columns, workers) <= CONSUMER_WARPS * 32
     }
 
     /// Contexts below which every member of a group attends to all of its heads. Only where the next linear takes no more
@@ -374,208 +472,12 @@ impl Search<'_> {
             }
         }
     }
-
-    fn weight_bytes(&self) -> u64 {
-        let bytes = |linear: &FusedLinear| -> u64 {
-            linear
-                .parts
-                .iter()
-                .map(|w| {
-                    self.graph.weights[w.0 as usize]
-                        .shape
-                        .iter()
-                        .product::<usize>() as u64
-                        * 2
-                })
-                .sum()
-        };
-        let layer: u64 = self
-            .graph
-            .layer
-            .iter()
-            .map(|node| {
-                if let FusedOp::Linear(linear) = &node.op {
-                    bytes(linear)
-                } else {
-                    0
-                }
-            })
-            .sum();
-        layer * self.graph.layers as u64 + bytes(&self.graph.head)
-    }
-
-    fn cost(&self, frame: &Frame<'_>, step: &StepPlan, decode: bool) -> StepCost {
-        let (mesh, costs) = (&frame.mesh, &self.costs);
-        let threads = CONSUMER_WARPS * 32;
-        let (mut tiles, mut chain) = (0, 0.0);
-        for (i, node) in self.graph.layer.iter().enumerate() {
-            let (linear, placement) = match (&node.op, frame.placements[i]) {
-                (FusedOp::Linear(linear), Some(placement)) => (linear, placement),
-                _ => {
-                    chain += self.attention_cost(frame, step);
-                    continue;
-                }
-            };
-            let rows: usize = linear
-                .parts
-                .iter()
-                .map(|w| self.graph.weights[w.0 as usize].shape[0])
-                .sum();
-            let columns = self.graph.columns(linear);
-            // The largest slice decides.
-            let over = |size: usize, split: Split| {
-                let groups = if placement.groups == split {
-                    mesh.groups
-                } else {
-                    1
-                };
-                let members = if placement.members == split {
-                    mesh.members
-                } else {
-                    1
-                };
-                (size / TILE).div_ceil(groups).div_ceil(members)
-            };
-            let (row_tiles, k_tiles) = (over(rows, Split::Rows), over(columns, Split::Columns));
-            tiles += row_tiles * k_tiles;
-            chain += costs.linear + costs.pass * row_tiles.div_ceil(4).saturating_sub(1) as f64;
-            let outputs = if linear.epilogue == Epilogue::SwiGlu {
-                rows / 2
-            } else {
-                rows
-            };
-            chain += self.exchange_cost(frame, step, linear, placement, outputs, threads);
-        }
-        let positions = if decode {
-            self.target.batch * self.target.depth()
-        } else {
-            self.target.depth()
-        };
-        let kv_bytes = positions * 2 * self.attention.kv_heads * self.attention.head_dim * 2;
-        let layer_stream =
-            (tiles * TILE_BYTES * mesh.workers() + kv_bytes) as f64 / self.machine.stream_rate();
-        let layer = costs.overlap(layer_stream, chain);
-        let head = if decode {
-            let head_tiles =
-                (self.graph.vocab / TILE).div_ceil(mesh.ctas) * self.graph.hidden / TILE;
-            (head_tiles * TILE_BYTES * mesh.ctas) as f64 / self.machine.stream_rate()
-                + 2.0 * costs.hop
-        } else {
-            costs.hop
-        };
-        let total = layer * self.graph.layers as f64 + head;
-        StepCost {
-            layer_stream,
-            layer_chain: chain,
-            layer,
-            head,
-            total,
-        }
-    }
-
-    /// Adds to the prediction what the program's ring costs: small pages keep too few bytes in flight, and each is some
-    /// work to use up.
-    fn add_ring(&self, plan: &mut Plan, program: &Program) {
-        let (costs, ring, mesh) = (&self.costs, &program.ring, &plan.mesh);
-        let whole = self.machine.stream_rate();
-        let pages = |linear: &Linear| {
-            let t = &linear.tiling;
-            t.passes * t.k.div_ceil(t.page_k)
-        };
-        let stretched = |stream: f64, ctas: usize, pages: usize, in_flight: usize| {
-            let rate = costs.ring_rate(whole, in_flight * ring.page_bytes, ctas);
-            (stream * whole / rate).max(pages as f64 * costs.page)
-        };
-        let of_layer: usize = program.linears.iter().map(pages).sum();
-        let [prefill, decode] = program.steps().map(|(_, step)| program.exchanges(step));
-        for (step, exchanges, with_head) in [
-            (&mut plan.prefill, prefill, false),
-            (&mut plan.decode, decode, true),
-        ] {
-            let cost = &mut step.cost;
-            cost.layer_stream =
-                stretched(cost.layer_stream, mesh.workers(), of_layer, ring.in_flight)
-                    + costs.stalls(whole, ring, exchanges, mesh.workers());
-            cost.layer = costs.overlap(cost.layer_stream, cost.layer_chain);
-            if with_head {
-                cost.head = stretched(
-                    cost.head,
-                    mesh.ctas,
-                    pages(&program.head),
-                    ring.head_in_flight,
-                );
-            }
-            cost.total = cost.layer * self.graph.layers as f64 + cost.head;
-        }
-    }
-
-    /// Replaces what the plan was chosen by with what the phases of its program are predicted to take.
-    fn predict(&self, plan: &mut Plan, program: &Program) {
-        for (step, decode) in [(&mut plan.prefill, false), (&mut plan.decode, true)] {
-            let predicted = Prediction::new(program, &self.machine, decode, self.target.depth());
-            step.cost.layer = predicted.phases.iter().sum();
-            step.cost.head = predicted.head;
-            step.cost.total = predicted.total;
-        }
-    }
-
-    /// What it takes to bring a linear's output to its reader.
-    fn exchange_cost(
-        &self,
-        frame: &Frame<'_>,
-        step: &StepPlan,
-        linear: &FusedLinear,
-        placement: Placement,
-        outputs: usize,
-        threads: usize,
-    ) -> f64 {
-        let (mesh, costs) = (&frame.mesh, &self.costs);
-        let partials = |split: Split, size: usize| if split == Split::Columns { size } else { 1 };
-        let sums =
-            partials(placement.groups, mesh.groups) * partials(placement.members, mesh.members);
-        let words = step.columns * outputs.div_ceil(VALUES_PER_WORD);
-        match linear.epilogue {
-            Epilogue::AddResidual => match step.stream {
-                StreamForm::Replicated => costs.exchange(words * sums, threads),
-                StreamForm::Scattered => {
-                    costs.exchange((words * sums).div_ceil(mesh.workers()), threads)
-                        + costs.exchange(words, threads)
-                }
-            },
-            // Read by the group, or by all where the next linear does not split its columns over the groups.
-            Epilogue::SwiGlu | Epilogue::Store => {
-                let reader = self.stream_placement(frame);
-                let all = linear.epilogue == Epilogue::SwiGlu && reader.groups == Split::Rows;
-                let parts = if all { 1 } else { mesh.groups };
-                costs.exchange(words.div_ceil(parts) * sums, threads)
-            }
-        }
-    }
-
-    fn attention_cost(&self, frame: &Frame<'_>, step: &StepPlan) -> f64 {
-        let (mesh, costs, a) = (&frame.mesh, &self.costs, self.attention);
-        let heads = a.heads / mesh.groups;
-        let tasks = step.columns * heads / frame.heads_per_task * step.kv_splits;
-        let stripes = self.target.depth().div_ceil(STRIPE);
-        let active = stripes.min(step.kv_splits);
-        let of_batch = costs.kv_batch + costs.kv_head * frame.heads_per_task as f64;
-        let task = stripes.div_ceil(active) as f64 * of_batch;
-        let heads_of_reader = if self.stream_placement(frame).groups == Split::Rows {
-            a.heads
-        } else {
-            heads
-        };
-        let copies = if step.kv_splits > 1 { 2 * active } else { 1 };
-        let words = step.columns * heads_of_reader * a.head_dim.div_ceil(VALUES_PER_WORD) * copies;
-        costs.attention * tasks.div_ceil(mesh.members) as f64
-            + task * tasks.div_ceil(mesh.members) as f64
-            + costs.exchange(words, CONSUMER_WARPS * 32)
-    }
 }
 
 fn divisors(n: usize) -> Vec<usize> {
     (1..=n).filter(|d| n.is_multiple_of(*d)).collect()
 }
 
+mod predict;
 #[cfg(test)]
 mod tests;

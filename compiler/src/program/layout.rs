@@ -7,11 +7,11 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Attention, CONSUMER_WARPS, ExchangeLayout, Linear, Phase, Ring, Step, VALUES_PER_WORD,
+    Attention, CONSUMER_WARPS, ExchangeLayout, Linear, Phase, Ring, Rows, Step, VALUES_PER_WORD,
     WORD_BYTES,
 };
 use crate::mesh::Mesh;
-use crate::plan::StreamForm;
+use crate::plan::{StreamForm, Target, Transport};
 
 /// A region of a CTA's shared memory, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,15 +58,27 @@ fn padded(width: usize) -> usize {
     width + 8
 }
 
-/// Bytes of everything in shared memory but the ring's pages. `stream_units`: words of a column of the residual stream.
-pub(super) fn regions(
+/// Bytes of everything in shared memory but the rings' pages.
+pub(super) struct Parts {
+    /// What lies at the same place in all steps.
+    common: Vec<(&'static str, usize)>,
+    activation: usize,
+    stream: Option<usize>,
+    /// The activation of wide prefill steps.
+    wide: Option<usize>,
+}
+
+/// `steps`: prefill and decode. `stream_units`: words of a column of the residual stream.
+pub(super) fn parts(
     linears: &[Linear],
     head: &Linear,
     attention: &Attention,
     steps: [&Step; 2],
+    wide: Option<&Step>,
     stream_units: usize,
-) -> Vec<(&'static str, usize)> {
+) -> Parts {
     let columns = steps.iter().map(|step| step.columns).max().unwrap_or(1);
+    let most = wide.map_or(columns, |wide| wide.columns.max(columns));
     let decode = steps[1].columns;
     let width = linears
         .iter()
@@ -89,9 +101,14 @@ pub(super) fn regions(
         .max()
         .unwrap_or(0)
         * 2;
+    // Products of rows are added up a block of columns at a time (`device/rows.cuh`).
+    let at_once = most.min(Target::ROW_COLUMNS);
     let products = |linear: &Linear| {
-        linear.tiling.warp_k() * columns * (linear.tiling.pass_tiles * 16 + 4) * 4
+        linear.tiling.warp_k() * at_once * (linear.tiling.pass_tiles * 16 + 4) * 4
     };
+    // Attention of rows takes its angles from global memory.
+    let of_words = steps.iter().filter(|s| s.transport == Transport::Words);
+    let turned = of_words.map(|step| step.columns).max().unwrap_or(0);
     let warp_results = CONSUMER_WARPS * attention.heads_per_task * (attention.head_dim + 4) * 4;
     let choices = decode * CHOICE_BYTES + QUEUE_BYTES + 4;
     // The sampler's histograms and thresholds take the activation's place (`device/radix.cuh`).
@@ -112,20 +129,22 @@ pub(super) fn regions(
         .iter()
         .filter(|step| step.stream == StreamForm::Replicated);
     let stream = replicated.map(stream).max();
-    let mut regions = vec![
-        ("RingStorage", 16 * MAX_PAGES + 16),
-        ("Columns", super::super::plan::Target::MAX_COLUMNS * 24 + 16),
-        (
-            "Draws",
-            super::super::plan::Target::MAX_COLUMNS * DRAW_BYTES,
-        ),
-        ("SumSquares", columns * (CONSUMER_WARPS + 1) * 4),
-        ("Rope", columns * attention.head_dim / 2 * 8),
+    let storage = 16 * MAX_PAGES + 16;
+    let mut common = vec![
+        ("RingStorage", storage),
+        ("Columns", Target::MAX_COLUMNS * 24 + 16),
+        ("Draws", Target::MAX_COLUMNS * DRAW_BYTES),
+        ("SumSquares", most * (CONSUMER_WARPS + 1) * 4),
+        ("Rope", turned * attention.head_dim / 2 * 8),
         ("Scratch", scratch),
-        ("Activation", sampling.max(activation)),
     ];
-    regions.extend(stream.map(|bytes| ("Stream", bytes)));
-    regions
+    common.extend(wide.map(|_| ("WideRingStorage", storage)));
+    Parts {
+        common,
+        activation: sampling.max(activation),
+        stream,
+        wide: wide.map(|wide| wide.columns * padded(width) * 2),
+    }
 }
 
 /// Pages beyond these no longer help (H100: a ring of 8 pages of 16 KB is as fast as one of 12).
@@ -144,13 +163,41 @@ const HEAD_IN_FLIGHT: usize = 32 * 1024;
 /// 2 pages 5996 us, 3 5717, 4 5652, 6 5551, 7 5595).
 const STREAM_BOUND_IN_FLIGHT: usize = 96 * 1024;
 
-/// Lays the regions out and gives what is left, up to what helps, to the ring. `None` where less than three pages fit.
+/// Shared memory and its ring.
+pub(super) type Placed = (SharedLayout, Ring);
+
+/// Lays the regions out, and for wide prefill steps once more: their activation takes what else is the ring's, but begins at
+/// the same place, as does all that stands before it.
 pub(super) fn shared_memory(
+    parts: &Parts,
+    page_bytes: usize,
+    limit: usize,
+    stream_bound: bool,
+) -> Option<(Placed, Option<Placed>)> {
+    let with = |more: &[(&'static str, usize)]| {
+        let regions = [&parts.common[..], more].concat();
+        place(regions, page_bytes, limit, stream_bound)
+    };
+    let mut all = vec![("Activation", parts.activation)];
+    all.extend(parts.stream.map(|bytes| ("Stream", bytes)));
+    let mut main = with(&all)?;
+    let wide = match parts.wide {
+        Some(bytes) => Some(with(&[("Activation", bytes)])?),
+        None => None,
+    };
+    if let Some((wide, _)) = &wide {
+        main.0.bytes = main.0.bytes.max(wide.bytes);
+    }
+    Some((main, wide))
+}
+
+/// Gives what the regions leave, up to what helps, to the ring. `None` where less than three pages fit.
+fn place(
     mut parts: Vec<(&'static str, usize)>,
     page_bytes: usize,
     limit: usize,
     stream_bound: bool,
-) -> Option<(SharedLayout, Ring)> {
+) -> Option<Placed> {
     let align = |bytes: usize| bytes.next_multiple_of(ALIGN);
     let used: usize = parts.iter().map(|(_, bytes)| align(*bytes)).sum();
     let pages = limit.checked_sub(used)?.min(ENOUGH_RING) / page_bytes;
@@ -164,7 +211,7 @@ pub(super) fn shared_memory(
         (CHAIN_BOUND_IN_FLIGHT, HEAD_IN_FLIGHT)
     };
     let in_flight = |bytes: usize| (bytes / page_bytes).clamp(1, pages - 1);
-    parts.insert(0, ("Pages", pages * page_bytes));
+    parts.push(("Pages", pages * page_bytes));
     let mut at = 0;
     let regions = parts
         .into_iter()
@@ -203,6 +250,13 @@ impl Words {
         let at = self.next;
         self.next += words.next_multiple_of(ALIGN / WORD_BYTES);
         at
+    }
+
+    /// A buffer for so many elements of rows, then so many 32-bit numbers; and flags.
+    pub(super) fn rows(&mut self, elements: usize, numbers: usize, mesh: &Mesh) -> Rows {
+        let at = self.take((elements * 2 + numbers * 4).div_ceil(WORD_BYTES));
+        let flags_at = self.take((mesh.ctas * 4).div_ceil(WORD_BYTES));
+        Rows { at, flags_at }
     }
 
     /// The buffers that every program has, and the whole size.

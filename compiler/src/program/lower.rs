@@ -9,10 +9,13 @@ use norms::NormTable;
 use phases::{LayerShape, side_by_side, stream_exchange};
 
 use super::layout::{self, Words};
-use super::{Attention, CONSUMER_WARPS, Linear, Program, RowOrder, Step, TILE, TILE_BYTES, Tiling};
+use super::{
+    Attention, CHUNK, CONSUMER_WARPS, Linear, MOST_PRODUCTS, Program, Ring, RowOrder, Rows, Step,
+    TILE, TILE_BYTES, Tiling, Wide, stream_share,
+};
 use crate::fuse::{Epilogue, FusedAttention, FusedGraph, FusedLinear, FusedOp, Input, WeightId};
 use crate::mesh::{Placement, Share, Split};
-use crate::plan::{Plan, StepPlan, StreamForm, Target};
+use crate::plan::{Plan, StepPlan, StreamForm, Target, Transport};
 
 /// Why a plan cannot become a program.
 #[derive(Clone, Debug, Error, PartialEq)]
@@ -156,23 +159,26 @@ impl Lowering<'_> {
         let norms = norms.finish(graph, &mut linears, &mut head, &mut attention);
 
         let mut words = Words::new();
-        let columns = plan.prefill.columns.max(plan.decode.columns);
+        let columns = plan.steps().map(|(_, step)| step.columns);
+        let columns = columns.max().unwrap_or(0);
         for linear in &mut linears {
             linear.words_at = words.take(mesh.workers() * columns * linear.words());
         }
         let step_of = |plan: &StepPlan| Step {
             columns: plan.columns,
+            transport: plan.transport,
             stream: plan.stream,
             kv_splits: plan.kv_splits,
             replicate_below: plan.replicate_below,
             layer: Vec::new(),
         };
         let (mut prefill, mut decode) = (step_of(&plan.prefill), step_of(&plan.decode));
+        let mut wide = plan.wide.as_ref().map(step_of);
         let task_words = |step: &Step| {
             attention.tasks(step) * attention.heads_per_task * attention.task_words(step)
         };
-        attention.words_at =
-            words.take(mesh.groups * task_words(&prefill).max(task_words(&decode)));
+        let most_task_words = [&prefill, &decode].into_iter().chain(&wide).map(task_words);
+        attention.words_at = words.take(mesh.groups * most_task_words.max().unwrap_or(0));
 
         // The stream's units: words of the linears that write it, those that lie side by side.
         let layer = LayerShape {
@@ -196,30 +202,55 @@ impl Lowering<'_> {
                 )
             })
             .collect();
-        for step in [&mut prefill, &mut decode] {
+        for step in [&mut prefill, &mut decode].into_iter().chain(&mut wide) {
             step.layer = layer.phases(step.stream, &gathered)?;
         }
         let producers_and_linear = gathered.first().map(|&(l, _)| {
             let linear = &linears[l];
             (side_by_side(&stream_exchange(l, linear), mesh), linear)
         });
-        let fits = |step: &Step| {
-            step.stream == StreamForm::Replicated
-                || producers_and_linear.is_none_or(|(producers, linear)| {
+        let fits = |step: &Step| match (step.transport, step.stream) {
+            (Transport::Rows, _) => {
+                stream_share(graph.hidden, step.columns, mesh.workers()) <= CONSUMER_WARPS * 32
+            }
+            (Transport::Words, StreamForm::Replicated) => true,
+            (Transport::Words, StreamForm::Scattered) => {
+                producers_and_linear.is_none_or(|(producers, linear)| {
                     let runs = producers * linear.tiling.passes * step.columns;
                     runs.div_ceil(mesh.workers()) <= linear.run_slots()
                 })
+            }
         };
-        if !fits(&prefill) || !fits(&decode) {
+        let steps = || [&prefill, &decode].into_iter().chain(&wide);
+        if !steps().all(fits) {
             return Ok(None);
         }
         let stream_units = producers_and_linear.map_or(0, |(n, linear)| n * linear.words());
         let stream_words =
             producers_and_linear.map_or(0, |(n, linear)| n * linear.gathered_words());
+        let of_rows = steps().filter(|s| s.transport == Transport::Rows);
+        if let Some(columns) = of_rows.map(|step| step.columns).max() {
+            for linear in &mut linears {
+                let outputs = columns * linear.outputs();
+                linear.rows = words.rows(linear.partials(mesh) * outputs, 0, mesh);
+                if linear.epilogue == Epilogue::AddResidual {
+                    linear.stream_rows = words.rows(outputs, outputs / CHUNK, mesh);
+                }
+            }
+            let heads = columns * attention.outputs() * mesh.groups;
+            attention.rows = words.rows(heads, 0, mesh);
+        }
         let exchange = words.finish(mesh, stream_words * columns, decode.columns);
 
-        let steps = [&prefill, &decode];
-        let regions = layout::regions(&linears, &head, &attention, steps, stream_units);
+        let main = [&prefill, &decode];
+        let parts = layout::parts(
+            &linears,
+            &head,
+            &attention,
+            main,
+            wide.as_ref(),
+            stream_units,
+        );
         let page = linears
             .iter()
             .chain([&head])
@@ -227,11 +258,22 @@ impl Lowering<'_> {
             .max()
             .unwrap_or(TILE_BYTES);
         let limit = self.target.gpu.smem_per_block_optin as usize;
-        let Some((shared, ring)) =
-            layout::shared_memory(regions, page, limit, plan.decode.cost.stream_bound())
+        let stream_bound = plan.decode.cost.stream_bound();
+        let Some(((shared, ring), of_wide)) =
+            layout::shared_memory(&parts, page, limit, stream_bound)
         else {
             return Ok(None);
         };
+        let wide = wide
+            .zip(of_wide)
+            .map(|(step, (shared, ring))| Wide { step, ring, shared });
+        let fit = |step: &Step, ring: &Ring| products_fit(step, &linears, ring);
+        if !fit(&prefill, &ring)
+            || !fit(&decode, &ring)
+            || !wide.as_ref().is_none_or(|wide| fit(&wide.step, &wide.ring))
+        {
+            return Ok(None);
+        }
         Ok(Some(Program {
             name: graph.name.clone(),
             plan: plan.clone(),
@@ -248,6 +290,7 @@ impl Lowering<'_> {
             head,
             norms,
             prefill,
+            wide,
             decode,
             exchange,
             ring,
@@ -308,6 +351,8 @@ impl Lowering<'_> {
             k_tiles: columns / TILE,
             tiling: EMPTY_TILING,
             words_at: 0,
+            rows: Rows::default(),
+            stream_rows: Rows::default(),
         };
         let slices: Vec<(Share, Share)> = (0..mesh.workers())
             .map(|cta| mesh.coordinates(cta))
@@ -337,6 +382,8 @@ impl Lowering<'_> {
             k_tiles: columns / TILE,
             tiling: EMPTY_TILING,
             words_at: 0,
+            rows: Rows::default(),
+            stream_rows: Rows::default(),
         };
         let ctas = self.plan.mesh.ctas;
         let slices: Vec<(Share, Share)> = (0..ctas)
@@ -390,6 +437,7 @@ impl Lowering<'_> {
             k_norm: fused.k_norm.map(|norm| norms.add(norm)),
             rope: fused.rope,
             words_at: 0,
+            rows: Rows::default(),
         })
     }
 
@@ -431,6 +479,18 @@ impl Lowering<'_> {
             page_k,
         }
     }
+}
+
+/// Whether a warp holds the products of all columns, or of half of them while a pass's pages stay in the ring
+/// (`device/rows.cuh`, `linear_rows`).
+fn products_fit(step: &Step, linears: &[Linear], ring: &Ring) -> bool {
+    linears.iter().all(|linear| {
+        let t = &linear.tiling;
+        let products = t.tiles_per_warp * (step.columns / 8);
+        step.transport == Transport::Words
+            || products <= MOST_PRODUCTS
+            || (products <= 2 * MOST_PRODUCTS && t.k.div_ceil(t.page_k) <= ring.pages)
+    })
 }
 
 const EMPTY_TILING: Tiling = Tiling {

@@ -5,18 +5,17 @@
 //!
 //! A program is plain data and serialises: it is the manifest that goes with a cubin, and all the runtime sees of a graph.
 
+mod display;
 mod layout;
 mod lower;
 mod stream;
 mod verify;
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 
 use crate::fuse::{Epilogue, Rope, Weight, WeightId};
 use crate::mesh::{Mesh, Placement, Share, Split, share};
-use crate::plan::{Plan, StreamForm};
+use crate::plan::{Plan, StreamForm, Transport};
 
 pub use layout::{CHOICE_BYTES, DRAW_BYTES, QUEUE_BYTES, Region, SharedLayout};
 pub use lower::ProgramError;
@@ -35,6 +34,9 @@ pub const STRIPE: usize = 8 * CONSUMER_WARPS;
 pub const MOST_HEADS: usize = 8;
 /// Threads of a CTA: the warps that compute, and one that streams weights (`device/prelude.cuh`, `kThreads`).
 pub const THREADS: usize = (CONSUMER_WARPS + 1) * 32;
+/// Products that a warp holds in a step that exchanges rows, in tiles of 16 rows and 8 columns (`device/rows.cuh`,
+/// `kMostProducts`).
+pub const MOST_PRODUCTS: usize = 24;
 /// Rows and columns of a weight tile.
 pub const TILE: usize = 16;
 /// Bytes of an exchange word.
@@ -73,6 +75,8 @@ pub struct Program {
     pub norms: Norms,
     /// Steps that fill the KV cache.
     pub prefill: Step,
+    /// Prefill steps of more columns, for long prompts, where there is room for them.
+    pub wide: Option<Wide>,
     /// Steps that make tokens.
     pub decode: Step,
     /// Words of the exchange area in global memory.
@@ -152,6 +156,19 @@ pub struct Linear {
     pub tiling: Tiling,
     /// First of its words in the exchange area.
     pub words_at: usize,
+    /// Where it hands on rows.
+    pub rows: Rows,
+    /// Where the residual stream after it is handed on in rows.
+    pub stream_rows: Rows,
+}
+
+/// A buffer for rows in the exchange area, offsets in words. Zeros where no step exchanges rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rows {
+    /// The rows, and the sums of squares of those of the residual stream.
+    pub at: usize,
+    /// Flags, 32 bits a CTA.
+    pub flags_at: usize,
 }
 
 /// How a CTA works through its slice of a linear.
@@ -207,6 +224,11 @@ impl Linear {
         } else {
             TILE
         }
+    }
+
+    /// Partial sums of each output.
+    pub fn partials(&self, mesh: &Mesh) -> usize {
+        self.placement.column_parts(mesh)
     }
 
     /// Words of one column of one CTA for one pass.
@@ -305,12 +327,19 @@ pub struct Attention {
     pub rope: Rope,
     /// First of its words in the exchange area.
     pub words_at: usize,
+    /// Where it hands on rows.
+    pub rows: Rows,
 }
 
 impl Attention {
     /// Rows of q, k and v of a group.
     pub fn width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Elements of a group's heads.
+    pub fn outputs(&self) -> usize {
+        self.heads * self.head_dim
     }
 
     /// Words of one head's values.
@@ -419,6 +448,8 @@ pub enum Phase {
 pub struct Step {
     /// Token positions computed at once.
     pub columns: usize,
+    /// How values are exchanged.
+    pub transport: Transport,
     /// Form of the residual stream.
     pub stream: StreamForm,
     /// Parts of a sequence's positions.
@@ -427,6 +458,19 @@ pub struct Step {
     pub replicate_below: usize,
     /// Phases of a layer.
     pub layer: Vec<Phase>,
+}
+
+/// Wide prefill steps. They come before all others, and have a ring of their own: their activation takes most of the memory
+/// that is later the ring's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Wide {
+    /// The step; in rows, as the other prefill steps then are, and the same to the bit. Only where there is one sequence
+    /// these may exchange words.
+    pub step: Step,
+    /// Its ring.
+    pub ring: Ring,
+    /// Regions of shared memory during these steps.
+    pub shared: SharedLayout,
 }
 
 /// The exchange area: offsets in words.
@@ -461,15 +505,47 @@ pub struct Ring {
     pub head_in_flight: usize,
 }
 
+/// Elements of 16 bytes of bf16, in which rows are handed on (`device/stream_rows.cuh`, `kChunk`).
+pub const CHUNK: usize = 8;
+
+/// Threads that a worker's share of the residual stream takes where it is handed on in rows: one for each chunk, whole runs
+/// of them (`device/stream_rows.cuh`, `StreamRows::fits`).
+pub fn stream_share(hidden: usize, columns: usize, workers: usize) -> usize {
+    let chunks = hidden / CHUNK;
+    let run = [32, 16, 8, 4, 2, 1]
+        .into_iter()
+        .find(|run| chunks.is_multiple_of(*run));
+    let run = run.unwrap_or(1);
+    (columns * (chunks / run)).div_ceil(workers.max(1)) * run
+}
+
 /// Epochs that one step uses: one a layer, the head's, and the sampler's barriers (`device/sampling.cuh`).
 pub fn step_epochs(layers: usize) -> usize {
     layers + 2 + 8
 }
 
 impl Program {
-    /// Both kinds of step.
-    pub fn steps(&self) -> [(&'static str, &Step); 2] {
-        [("prefill", &self.prefill), ("decode", &self.decode)]
+    /// All kinds of step.
+    pub fn steps(&self) -> impl Iterator<Item = (&'static str, &Step)> + Clone {
+        let wide = self.wide.iter().map(|wide| ("wide prefill", &wide.step));
+        [("prefill", &self.prefill)]
+            .into_iter()
+            .chain(wide)
+            .chain([("decode", &self.decode)])
+    }
+
+    /// The ring of wide prefill steps, and that of all others.
+    pub fn rings(&self) -> impl Iterator<Item = &Ring> {
+        let wide = self.wide.iter().map(|wide| &wide.ring);
+        [&self.ring].into_iter().chain(wide)
+    }
+
+    /// Columns of the widest step.
+    pub fn most_columns(&self) -> usize {
+        self.steps()
+            .map(|(_, step)| step.columns)
+            .max()
+            .unwrap_or(0)
     }
 
     /// Exchange hops of a layer in a step.
@@ -493,97 +569,5 @@ impl Program {
     /// The head's row tiles of a CTA.
     pub fn head_rows(&self, cta: usize) -> Share {
         share(self.head.row_units, self.mesh.ctas, cta)
-    }
-}
-
-impl fmt::Display for Program {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "program {}: {} layers on {}",
-            self.name, self.layers, self.mesh
-        )?;
-        for linear in self.linears.iter().chain([&self.head]) {
-            let t = &linear.tiling;
-            writeln!(
-                f,
-                "  {}: {} x {} tiles of a CTA in {} passes of {}, {} a warp, pages of {} x {} tiles ({} B)",
-                linear.name,
-                t.rows,
-                t.k,
-                t.passes,
-                t.pass_tiles,
-                t.tiles_per_warp,
-                t.pass_tiles,
-                t.page_k,
-                t.page_bytes()
-            )?;
-        }
-        writeln!(
-            f,
-            "  ring: {} pages of {} B, {} in flight, {} in the head",
-            self.ring.pages, self.ring.page_bytes, self.ring.in_flight, self.ring.head_in_flight
-        )?;
-        write!(f, "{}", self.shared)?;
-        for (name, step) in self.steps() {
-            writeln!(f, "{name} layer, {} columns:", step.columns)?;
-            for phase in &step.layer {
-                writeln!(f, "  {}", self.describe(phase))?;
-            }
-        }
-        writeln!(
-            f,
-            "exchange area: {} words ({} KB)",
-            self.exchange.words,
-            self.exchange.words * WORD_BYTES / 1024
-        )
-    }
-}
-
-impl Program {
-    /// A phase in words.
-    pub fn describe(&self, phase: &Phase) -> String {
-        let name = |index: usize| self.linears[index].name.as_str();
-        let along = |a: Along, axis: &str| match a {
-            Along::Own => format!("own {axis}"),
-            Along::Concat => format!("all {axis}s"),
-            Along::Sum => format!("sum over {axis}s"),
-        };
-        let view = |e: &Exchange| {
-            format!(
-                "{} ({}, {})",
-                name(e.source),
-                along(e.groups, "group"),
-                along(e.members, "member")
-            )
-        };
-        let next = |next: &Next| match next {
-            Next::SameLayer(index) => name(*index).to_owned(),
-            Next::NextLayer => format!("the next layer's {}", name(0)),
-        };
-        match phase {
-            Phase::Linear(index) => format!("linear {}", name(*index)),
-            Phase::Attention { exchange, .. } => format!("attention on {}", view(exchange)),
-            Phase::CollectHeads { next, all_groups } => {
-                let whose = if *all_groups {
-                    "all groups'"
-                } else {
-                    "the group's"
-                };
-                format!("collect {whose} heads for {}", name(*next))
-            }
-            Phase::Collect { exchange, next } => {
-                format!("collect {} for {}", view(exchange), name(*next))
-            }
-            Phase::AddToStream { exchange, next: n } => {
-                format!("add {} to the stream, prepare {}", view(exchange), next(n))
-            }
-            Phase::ReduceScatter { exchange, .. } => {
-                format!("reduce-scatter {} into the stream", view(exchange))
-            }
-            Phase::GatherStream { next: n, .. } => {
-                format!("all-gather the stream, prepare {}", next(n))
-            }
-        }
     }
 }

@@ -13,7 +13,8 @@
 //! 5. Words: buffers of the exchange area are disjoint and large enough for both kinds of step.
 //! 6. Shared: regions of shared memory are disjoint, aligned, and large enough for what every phase keeps there.
 //! 7. Norms: every gamma lies in the array of norms where its reader looks for it.
-//! 8. Steps: columns are powers of two up to 16; attention's tasks divide the heads.
+//! 8. Steps: columns are powers of two up to 64, of steps that exchange words up to 16, enough for all sequences, and a prefill step has no fewer than a decode
+//!    step; attention's tasks divide the heads.
 //! 9. Views: an exchange sums where columns were split and nowhere else, over all partial sums of the same elements; a
 //!    linear is read in one way only.
 //! 10. Inputs: a linear multiplies what was prepared for it, and what was prepared holds its slice of the columns.
@@ -25,6 +26,7 @@
 mod memory;
 mod order;
 mod phases;
+mod rows;
 #[cfg(test)]
 mod tests;
 mod tiles;
@@ -164,8 +166,12 @@ impl Program {
         if !planned.eq(self.linears.iter().map(|linear| &linear.placement)) {
             return fail("placements are not the plan's".to_owned());
         }
-        for ((name, step), planned) in self.steps().into_iter().zip([&plan.prefill, &plan.decode]) {
+        if self.wide.is_some() != plan.wide.is_some() {
+            return fail("wide steps are not the plan's".to_owned());
+        }
+        for ((name, step), (_, planned)) in self.steps().zip(plan.steps()) {
             let same = step.columns == planned.columns
+                && step.transport == planned.transport
                 && step.stream == planned.stream
                 && step.kv_splits == planned.kv_splits
                 && step.replicate_below == planned.replicate_below;

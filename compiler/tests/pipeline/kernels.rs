@@ -64,6 +64,7 @@ fn check_phased(model: &str, arch: Arch, batch: usize) {
     let others = [
         PhasedSource::BEGIN,
         PhasedSource::END_PREFILL,
+        PhasedSource::PREFILL_HEAD,
         PhasedSource::HEAD,
         PhasedSource::CHOOSE,
         PhasedSource::END_DECODE,
@@ -119,6 +120,13 @@ fn a_timeline_compiles() {
 #[test]
 fn eight_sequences_compile() {
     check("0.6B", Arch::Sm90a, 8);
+}
+
+/// A warp of the linears holds the products of 32 and 64 columns.
+#[test]
+fn many_sequences_compile() {
+    check("0.6B", Arch::Sm90a, 32);
+    check("0.6B", Arch::Sm90a, 64);
 }
 
 #[test]

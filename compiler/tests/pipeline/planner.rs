@@ -43,7 +43,7 @@ fn qwen3_0_6b_has_plans() {
 
 #[test]
 fn qwen3_1_7b_has_plans() {
-    check_all_targets("1.7B", &[]);
+    check_all_targets("1.7B", &[(Arch::Sm120a, 16)]);
 }
 
 #[test]
@@ -53,7 +53,7 @@ fn qwen3_4b_has_plans() {
 
 #[test]
 fn qwen3_8b_has_plans() {
-    check_all_targets("8B", &[(Arch::Sm120a, 16)]);
+    check_all_targets("8B", &[(Arch::Sm80, 16), (Arch::Sm120a, 16)]);
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn batches_and_contexts_out_of_range_are_refused() {
     };
     let search = |target: Target| mirage_compiler::plan::Plan::search(&graph, &target).unwrap_err();
     assert_eq!(search(of(0, 64)), PlanError::Batch { batch: 0 });
-    assert_eq!(search(of(17, 64)), PlanError::Batch { batch: 17 });
+    assert_eq!(search(of(65, 64)), PlanError::Batch { batch: 65 });
     assert_eq!(search(of(1, 0)), PlanError::MaxSeq { max_seq: 0 });
     assert_eq!(
         search(of(1, usize::MAX)),

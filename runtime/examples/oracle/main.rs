@@ -4,6 +4,7 @@
 //! cargo run --release -p mirage-runtime --example oracle -- score GRAPH MODEL BATCH MAX_SEQ PROMPTS.json OUT.f32
 //! cargo run --release -p mirage-runtime --example oracle -- score-cpu GRAPH MODEL BATCH MAX_SEQ PROMPTS.json OUT.f32
 //! cargo run --release -p mirage-runtime --example oracle -- steps GRAPH MODEL BATCH MAX_SEQ POSITION
+//! cargo run --release -p mirage-runtime --example oracle -- ttft GRAPH MODEL BATCH MAX_SEQ LENGTH...
 //! cargo run --release -p mirage-runtime --example oracle -- tokens GRAPH MODEL BATCH MAX_SEQ NEW_TOKENS
 //! cargo run --release -p mirage-runtime --example oracle -- timeline GRAPH MODEL BATCH MAX_SEQ POSITION [TEMPERATURE]
 //! cargo run --release -p mirage-runtime --example oracle -- load GRAPH MODEL BATCH MAX_SEQ [BUFFERS MB]
@@ -13,7 +14,8 @@
 //!
 //! `score` runs the prompts `BATCH` at a time; `oracle/check.py` judges the file. `score-cpu` does the same with the CPU
 //! executor; all others need a GPU. `steps` prints the median time of a
-//! decode step at a position over five runs, greedy and sampled; `timeline` what each part of a step takes, greedy or sampled, and each phase beside its prediction. `tokens` makes one generation of a full batch of prompts
+//! decode step at a position over five runs, greedy and sampled; `ttft` the time to the first token of prompts of some
+//! lengths; `timeline` what each part of a step takes, greedy or sampled, and each phase beside its prediction. `tokens` makes one generation of a full batch of prompts
 //! of mixed lengths and checks that it repeats, alone and together: one launch each, for a profiler or a sanitizer. `load`
 //! measures loading the weights from files in the page cache, through so many staging buffers of so many megabytes, a thread each.
 
@@ -39,7 +41,7 @@ use mirage_runtime::megakernel::timeline::Comparison;
 use mirage_runtime::megakernel::{Megakernel, Staging};
 use mirage_runtime::sampler::SamplingParams;
 
-const USAGE: &str = "[--profile FILE] score|score-cpu|steps|timeline|tokens|load GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION [TEMPERATURE] | NEW_TOKENS | [BUFFERS MB])";
+const USAGE: &str = "[--profile FILE] score|score-cpu|steps|ttft|timeline|tokens|load GRAPH MODEL BATCH MAX_SEQ (PROMPTS.json OUT.f32 | POSITION [TEMPERATURE] | LENGTH... | NEW_TOKENS | [BUFFERS MB])";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -73,6 +75,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             score(&mut cpu, batch, prompts, out)
         }
         ("steps", &[position]) => steps(&mut on_gpu()?, batch, position.parse()?),
+        ("ttft", lengths @ &[_, ..]) => {
+            let lengths: Result<Vec<usize>, _> = lengths.iter().map(|n| n.parse()).collect();
+            first_tokens(&mut on_gpu()?, batch, &lengths?)
+        }
         ("timeline", &[position, ref temperature @ ..]) => {
             let temperature = match temperature {
                 [] => 0.0,
@@ -212,6 +218,34 @@ fn steps(kernel: &mut Megakernel, batch: usize, position: usize) -> Result<(), B
         println!(
             "batch {batch}, position {position}, temperature {temperature}: {:.1} us a step (min {:.1}, max {:.1})",
             times[2], times[0], times[4]
+        );
+    }
+    Ok(())
+}
+
+/// Generations of one token for a batch of prompts of the same length: the kernel from its start to its end, which is all
+/// prefill steps and one choice of tokens. What the host does before the launch is not counted.
+fn first_tokens(
+    kernel: &mut Megakernel,
+    batch: usize,
+    lengths: &[usize],
+) -> Result<(), Box<dyn Error>> {
+    const TIMES: usize = 9;
+    for &length in lengths {
+        let requests: Vec<GenerateRequest> = (0..batch)
+            .map(|sequence| GenerateRequest::greedy(prompt(kernel, sequence, length), 1))
+            .collect();
+        let mut times = Vec::new();
+        for _ in 0..TIMES {
+            kernel.generate_all(&requests)?;
+            times.push(kernel.kernel_ms().unwrap_or(0.0) * 1e3);
+        }
+        times.sort_by(f32::total_cmp);
+        println!(
+            "batch {batch}, prompts of {length}: first token after {:.1} us (min {:.1}, max {:.1})",
+            times[TIMES / 2],
+            times[0],
+            times[TIMES - 1]
         );
     }
     Ok(())

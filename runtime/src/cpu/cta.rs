@@ -82,7 +82,7 @@ pub(super) struct Cta {
 impl Cta {
     pub(super) fn new(program: &Program, index: usize, stride: usize) -> Cta {
         let (group, member) = program.mesh.coordinates(index);
-        let columns = program.prefill.columns.max(program.decode.columns);
+        let columns = program.most_columns();
         Cta {
             index,
             group,

@@ -8,7 +8,7 @@ use super::step::Kind;
 use super::{CpuError, CpuModel};
 use crate::generate::{
     CancelHandle, Event, FinishReason, GenerateError, GenerateRequest, Logits, PrefillColumn,
-    PrefillSequence, RequestError, prefill_steps,
+    RequestError, Widths, prefill_steps,
 };
 use crate::sampler::Sampler;
 
@@ -51,21 +51,10 @@ impl CpuModel {
                 stop_tokens: &request.stop_tokens,
             }));
         }
-        let prompts: Vec<PrefillSequence<'_>> = batch
-            .iter()
-            .map(|request| PrefillSequence {
-                prompt: &request.prompt,
-                first_decode: request.prompt.len() - 1,
-            })
-            .collect();
-        for step in prefill_steps(&prompts, self.shared.program.prefill.columns) {
-            if cancel.is_cancelled() {
-                break;
-            }
-            self.step(
-                Kind::Prefill,
-                &step.iter().map(column_of).collect::<Vec<_>>(),
-            )?;
+        let prompts: Vec<&[u32]> = batch.iter().map(|r| &r.prompt[..]).collect();
+        let steps = prefill_steps(&prompts, Widths::of(&self.shared.program));
+        if let Some(last) = self.prefill(&steps, || cancel.is_cancelled())? {
+            self.take_tokens(&last, &mut running, on_event);
         }
         while running.iter().any(Option::is_some) {
             if cancel.is_cancelled() {
@@ -82,6 +71,32 @@ impl CpuModel {
         Ok(())
     }
 
+    /// Runs prefill steps. Returns the column of each sequence's last position in the last step, of which there are logits
+    /// then; `None` where it was stopped before.
+    pub(super) fn prefill(
+        &mut self,
+        steps: &[Vec<PrefillColumn>],
+        stopped: impl Fn() -> bool,
+    ) -> Result<Option<Vec<usize>>, CpuError> {
+        let Some((last, before)) = steps.split_last() else {
+            return Ok(None);
+        };
+        for (kind, step) in
+            (before.iter().map(|step| (Kind::Prefill, step))).chain([(Kind::LastPrefill, last)])
+        {
+            if stopped() {
+                return Ok(None);
+            }
+            let columns: Vec<Column> = step.iter().map(column_of).collect();
+            self.step(kind, &columns)?;
+        }
+        let slots = last.iter().map(|column| column.slot);
+        let next = slots.clone().skip(1).chain([None]);
+        let ends = slots.zip(next).enumerate();
+        let ends = ends.filter(|(_, (slot, next))| slot.is_some() && slot != next);
+        Ok(Some(ends.map(|(column, _)| column).collect()))
+    }
+
     /// One decode step: a token for every sequence that goes on.
     fn decode(
         &mut self,
@@ -92,14 +107,26 @@ impl CpuModel {
             .iter()
             .map(|slot| slot.as_ref().map(|r| (r.position, r.token)));
         self.decode_step(places)?;
+        let columns: Vec<usize> = (0..running.len()).collect();
+        self.take_tokens(&columns, running, on_event);
+        Ok(())
+    }
+
+    /// Takes a token for every sequence that goes on from the logits of its column.
+    fn take_tokens(
+        &self,
+        columns: &[usize],
+        running: &mut [Option<Running<'_>>],
+        on_event: &mut dyn FnMut(Event),
+    ) {
         let context = self.shared.program.max_seq;
-        for (sequence, slot) in running.iter_mut().enumerate() {
+        for ((sequence, slot), &column) in running.iter_mut().enumerate().zip(columns) {
             let Some(r) = slot else { continue };
             let next = r.position + 1;
             // Positions are below 2^20.
             let token = r
                 .sampler
-                .sample(&self.logits(sequence), r.stream, next as u32);
+                .sample(&self.logits(column), r.stream, next as u32);
             let index = next - r.prompt.len();
             on_event(Event::Token {
                 sequence,
@@ -121,7 +148,6 @@ impl CpuModel {
                 on_event(Event::Finished { sequence, reason });
             }
         }
-        Ok(())
     }
 
     /// Runs a decode step with sequence `i`, where there is one, at its position in column and slot `i`.
@@ -169,7 +195,7 @@ impl CpuModel {
     }
 }
 
-pub(super) fn column_of(column: &PrefillColumn) -> Column {
+fn column_of(column: &PrefillColumn) -> Column {
     Column {
         slot: column.slot.map(|slot| slot as usize),
         position: column.position as usize,

@@ -2,7 +2,7 @@
 //! `kernel.cu`.
 
 use mirage_compiler::plan::StreamForm;
-use mirage_compiler::program::{Exchange, Linear, Next, Phase, Program, Step};
+use mirage_compiler::program::{Exchange, Linear, Next, Phase, Program, Step, TILE};
 use rayon::prelude::*;
 
 use super::area::PhaseFault;
@@ -14,14 +14,20 @@ use super::{CpuError, CpuModel};
 pub(super) enum Kind {
     /// Fills the cache; no logits.
     Prefill,
+    /// Fills the cache, and makes logits: a prompt's last position is in it.
+    LastPrefill,
     /// Makes logits.
     Decode,
 }
 
 impl Kind {
-    fn step(self, program: &Program) -> &Step {
+    /// The program's step of this kind that has so many columns.
+    fn step(self, program: &Program, columns: usize) -> &Step {
         match self {
-            Kind::Prefill => &program.prefill,
+            Kind::Prefill | Kind::LastPrefill => match &program.wide {
+                Some(wide) if wide.step.columns == columns => &wide.step,
+                _ => &program.prefill,
+            },
             Kind::Decode => &program.decode,
         }
     }
@@ -29,7 +35,15 @@ impl Kind {
     fn name(self) -> &'static str {
         match self {
             Kind::Prefill => "prefill step",
+            Kind::LastPrefill => "last prefill step",
             Kind::Decode => "decode step",
+        }
+    }
+
+    fn makes_logits(self) -> bool {
+        match self {
+            Kind::Prefill => false,
+            Kind::LastPrefill | Kind::Decode => true,
         }
     }
 }
@@ -50,7 +64,7 @@ fn writer_of(step: &Step) -> Option<(Exchange, Option<usize>)> {
 }
 
 impl CpuModel {
-    /// Runs a step on its columns, as many as the step has. After a decode step every CTA holds its logits.
+    /// Runs a step on its columns, as many as the step has. After one that makes logits every CTA holds its own.
     pub(super) fn step(&mut self, kind: Kind, columns: &[Column]) -> Result<(), CpuError> {
         let epoch = self.next_step();
         let CpuModel {
@@ -61,7 +75,7 @@ impl CpuModel {
         } = self;
         let shared = &*shared;
         let program = &shared.program;
-        let step = kind.step(program);
+        let step = kind.step(program, columns.len());
         let at = |layer: usize, epoch: u32| Now {
             shared,
             columns,
@@ -101,7 +115,7 @@ impl CpuModel {
                 }
             }
         }
-        if kind == Kind::Decode {
+        if kind.makes_logits() {
             let now = Now {
                 layer: program.layers,
                 ..now
@@ -128,11 +142,11 @@ impl CpuModel {
         Ok(())
     }
 
-    /// The logits that the last decode step made for a column.
+    /// The logits that the last step that makes some made for a column.
     pub(super) fn logits(&self, column: usize) -> Vec<f32> {
         let mut logits = Vec::with_capacity(self.shared.program.head.rows());
         for cta in &self.ctas {
-            let width = cta.logits.len() / self.shared.program.decode.columns;
+            let width = self.shared.program.head_rows(cta.index).count * TILE;
             logits.extend_from_slice(&cta.logits[column * width..][..width]);
         }
         // The last tile's padding.

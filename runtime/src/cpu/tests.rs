@@ -11,10 +11,8 @@ use mirage_testing::{
     BOUND, Choice, MEAN_BOUND, Model, SIZES, Sizes, behind, error, llama3, planned, qwen3, target,
 };
 
-use super::run::column_of;
-use super::step::Kind;
 use super::*;
-use crate::generate::{FinishReason, Generated, PrefillSequence, prefill_steps};
+use crate::generate::{FinishReason, Generated, Widths, prefill_steps};
 use crate::sampler::SamplingParams;
 
 fn cpu(model: &Model, program: &Program) -> CpuModel {
@@ -31,24 +29,10 @@ fn reference(model: &Model, tokens: &[u32]) -> Vec<Vec<f32>> {
 
 /// Logits after each prompt, by way of prefill steps.
 fn after_prompts(cpu: &mut CpuModel, prompts: &[Vec<u32>]) -> Vec<Vec<f32>> {
-    let sequences: Vec<PrefillSequence<'_>> = prompts
-        .iter()
-        .map(|prompt| PrefillSequence {
-            prompt,
-            first_decode: prompt.len() - 1,
-        })
-        .collect();
-    for step in prefill_steps(&sequences, cpu.shared.program.prefill.columns) {
-        let columns: Vec<_> = step.iter().map(column_of).collect();
-        cpu.step(Kind::Prefill, &columns).unwrap();
-    }
-    let last = prompts
-        .iter()
-        .map(|p| Some((p.len() - 1, *p.last().unwrap())));
-    cpu.decode_step(last).unwrap();
-    (0..prompts.len())
-        .map(|column| cpu.logits(column))
-        .collect()
+    let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    let steps = prefill_steps(&prompts, Widths::of(&cpu.shared.program));
+    let columns = cpu.prefill(&steps, || false).unwrap().unwrap();
+    columns.iter().map(|&column| cpu.logits(column)).collect()
 }
 
 /// Scored logits at every position, and those after prefill, against the reference's.
@@ -89,8 +73,9 @@ fn planned_programs_match_the_reference() {
             .iter()
             .map(|tokens| reference(&model, tokens))
             .collect();
-        for (sms, batch) in [(1, 1), (5, 3), (8, 8), (132, 3)] {
+        for (sms, batch) in [(1, 1), (5, 3), (8, 8), (8, 24), (132, 3)] {
             let program = planned(&model, &target(sms, batch, 72));
+            let batch = batch.min(prompts.len());
             check_logits(&model, &program, &prompts[..batch], &want);
         }
     }
@@ -185,7 +170,7 @@ fn neighbours_change_nothing() {
         kv_splits: 2,
         replicate_below: 7,
         heads_per_task: 1,
-        prefill_columns: 4,
+        prefill_columns: 8,
     };
     for program in [
         planned(&model, &cpu_target(8, 80)),

@@ -53,23 +53,20 @@ fn bad_requests_are_named() {
 }
 
 /// Steps as `slot:position@first`, idle columns as `-`.
-fn steps(sequences: &[(&[u32], usize)], columns: usize) -> Vec<String> {
-    let sequences: Vec<_> = sequences
-        .iter()
-        .map(|&(prompt, first_decode)| PrefillSequence {
-            prompt,
-            first_decode,
-        })
-        .collect();
+fn steps(prompts: &[&[u32]], narrow: usize) -> Vec<String> {
+    steps_of(prompts, Widths { narrow, wide: None })
+}
+
+fn steps_of(prompts: &[&[u32]], widths: Widths) -> Vec<String> {
     let column = |column: &PrefillColumn| match column.slot {
         Some(slot) => {
-            let prompt = sequences[slot as usize].prompt;
+            let prompt = prompts[slot as usize];
             assert_eq!(column.token, prompt[column.position as usize]);
             format!("{slot}:{}@{}", column.position, column.first)
         }
         None => "-".to_owned(),
     };
-    prefill_steps(&sequences, columns)
+    prefill_steps(prompts, widths)
         .iter()
         .map(|step| step.iter().map(column).collect::<Vec<_>>().join(" "))
         .collect()
@@ -78,17 +75,48 @@ fn steps(sequences: &[(&[u32], usize)], columns: usize) -> Vec<String> {
 #[test]
 fn prompts_share_steps() {
     let (long, short): (&[u32], &[u32]) = (&[5, 6, 7, 8, 9, 10], &[1, 2, 3]);
+    // What is left over does not fit beside the last positions, or just does.
     assert_eq!(
-        steps(&[(long, 5), (short, 2)], 4),
-        ["0:0@0 0:1@0 0:2@0 0:3@0", "0:4@0 1:0@1 1:1@1 -"]
+        steps(&[long, short], 4),
+        [
+            "0:0@0 0:1@0 0:2@0 0:3@0",
+            "0:4@0 1:0@1 1:1@1 -",
+            "0:5@0 1:2@1 - -"
+        ]
     );
-    // A prompt of one token has no prefill, and neither has a scored sequence.
     assert_eq!(
-        steps(&[(&[1], 0), (short, 2), (long, 0)], 4),
-        ["1:0@0 1:1@0 - -"]
+        steps(&[long, short], 5),
+        ["0:0@0 0:1@0 0:2@0 0:3@0 0:4@0", "0:5@0 1:0@1 1:1@1 1:2@1 -"]
     );
-    assert_eq!(steps(&[(&[1], 0)], 4), Vec::<String>::new());
-    assert_eq!(steps(&[(short, 2)], 1), ["0:0@0", "0:1@0"]);
+    assert_eq!(
+        steps(&[&[1], long, short], 8),
+        [
+            "1:0@0 1:1@0 1:2@0 1:3@0 1:4@0 2:0@5 2:1@5 -",
+            "0:0@0 1:5@1 2:2@2 - - - - -"
+        ]
+    );
+    assert_eq!(steps(&[&[1]], 2), ["0:0@0 -"]);
+    assert_eq!(steps(&[short], 1), ["0:0@0", "0:1@0", "0:2@0"]);
+    assert_eq!(steps(&[], 4), Vec::<String>::new());
+}
+
+#[test]
+fn what_a_narrow_step_does_not_hold_goes_through_wide_ones() {
+    let (long, short): (&[u32], &[u32]) = (&[5, 6, 7, 8, 9, 10], &[1, 2, 3]);
+    let check = |prompts: &[&[u32]], expect: &[&str]| {
+        let widths = Widths {
+            narrow: 2,
+            wide: Some(4),
+        };
+        assert_eq!(steps_of(prompts, widths), expect);
+    };
+    check(&[&[1]], &["0:0@0 -"]);
+    check(&[short], &["0:0@0 0:1@0 0:2@0 -"]);
+    check(&[long], &["0:0@0 0:1@0 0:2@0 0:3@0", "0:4@0 0:5@0"]);
+    check(&[&long[..5]], &["0:0@0 0:1@0 0:2@0 0:3@0", "0:4@0 -"]);
+    check(&[short, short], &["0:0@0 0:1@0 1:0@2 1:1@2", "0:2@0 1:2@1"]);
+    // Only last positions are left for the last step.
+    check(&[short, &[1, 2]], &["0:0@0 0:1@0 1:0@2 -", "0:2@0 1:1@1"]);
 }
 
 #[test]

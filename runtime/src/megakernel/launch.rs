@@ -10,8 +10,8 @@ use crate::generate;
 pub(super) struct Sequence {
     /// Positions below are given, not generated.
     pub(super) prompt_length: u32,
-    /// Position of the first decode step.
-    pub(super) first_decode: u32,
+    /// The first position whose logits are of use.
+    pub(super) first_logits: u32,
     /// Generated tokens, at most.
     pub(super) max_new: u32,
     /// Likeliest tokens to choose from; 0 for all.
@@ -66,11 +66,13 @@ pub(super) struct Params {
     pub(super) stop_tokens: u64,
     pub(super) tokens_out: u64,
     pub(super) cancel: u64,
+    pub(super) wide_steps: u32,
     pub(super) prefill_steps: u32,
     pub(super) batch: u32,
     pub(super) epoch: u32,
     /// Events of a CTA that fit the trace.
     pub(super) trace_events: u32,
+    pub(super) padding: u32,
     /// Of a kernel with a timeline, else null.
     pub(super) trace: u64,
 }
@@ -94,6 +96,6 @@ mod tests {
     fn sizes_are_those_of_the_device() {
         assert_eq!(size_of::<Sequence>(), 48);
         assert_eq!(size_of::<PrefillColumn>(), 16);
-        assert_eq!(size_of::<Params>(), 152);
+        assert_eq!(size_of::<Params>(), 160);
     }
 }

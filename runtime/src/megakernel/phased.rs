@@ -6,6 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 use mirage_compiler::emit::PhasedSource;
+use mirage_compiler::plan::Target;
 use mirage_compiler::program::{Program, THREADS};
 
 use super::launch::Params;
@@ -14,7 +15,7 @@ use crate::gpu::{
 };
 
 /// Columns that the device keeps a place for.
-const COLUMNS: usize = 16;
+const COLUMNS: usize = Target::MAX_COLUMNS;
 
 /// Twin of `PhasedState` in `compiler/device/phased.cuh`, with that of `Columns` in `context.cuh` at its head.
 #[repr(C)]
@@ -26,7 +27,7 @@ pub(super) struct State {
     pub(super) first: [u32; COLUMNS],
     pub(super) logits: [u64; COLUMNS],
     pub(super) note: u32,
-    pub(super) columns_padding: u32,
+    pub(super) used: u32,
     pub(super) epoch: u32,
     pub(super) prefill_step: u32,
     pub(super) parity: u32,
@@ -49,6 +50,7 @@ pub(super) struct Chain {
     begin: Function,
     prefill: Vec<Function>,
     end_prefill: Function,
+    prefill_head: Function,
     decode: Vec<Function>,
     head: Function,
     choose: Function,
@@ -62,6 +64,8 @@ pub(super) struct Chain {
 struct Recorded {
     params: Params,
     prefill: CapturedGraph,
+    /// The one that makes the first tokens.
+    last_prefill: CapturedGraph,
     decode: CapturedGraph,
 }
 
@@ -86,6 +90,7 @@ impl Chain {
             begin: function(PhasedSource::BEGIN)?,
             prefill: all(&source.prefill)?,
             end_prefill: function(PhasedSource::END_PREFILL)?,
+            prefill_head: function(PhasedSource::PREFILL_HEAD)?,
             decode: all(&source.decode)?,
             head: function(PhasedSource::HEAD)?,
             choose: function(PhasedSource::CHOOSE)?,
@@ -139,17 +144,15 @@ impl Chain {
                 })
             };
             let ctas = program.mesh.ctas;
+            let with_head = |layer: &[Function], head: &Function| {
+                let rest = [(head, ctas), (&self.choose, ctas), (&self.end_decode, 1)];
+                record(layer, &rest)
+            };
             let recorded = Recorded {
                 params,
                 prefill: record(&self.prefill, &[(&self.end_prefill, 1)])?,
-                decode: record(
-                    &self.decode,
-                    &[
-                        (&self.head, ctas),
-                        (&self.choose, ctas),
-                        (&self.end_decode, 1),
-                    ],
-                )?,
+                last_prefill: with_head(&self.prefill, &self.prefill_head)?,
+                decode: with_head(&self.decode, &self.head)?,
             };
             self.recorded = Some(recorded);
         }
@@ -181,9 +184,11 @@ impl Chain {
         unsafe { kernel.launch_overlapping(stream, config, &params) }
     }
 
-    /// Puts a prefill step on the stream. Does nothing before the first [`Self::prepare`].
-    pub(super) fn prefill_step(&mut self, stream: &Stream) -> Result<(), GpuError> {
+    /// Puts a prefill step on the stream; the last one makes tokens. Does nothing before the first [`Self::prepare`].
+    pub(super) fn prefill_step(&mut self, stream: &Stream, last: bool) -> Result<(), GpuError> {
         match &mut self.recorded {
+            // SAFETY: as in `launch`.
+            Some(recorded) if last => unsafe { recorded.last_prefill.launch(stream) },
             // SAFETY: as in `launch`.
             Some(recorded) => unsafe { recorded.prefill.launch(stream) },
             None => Ok(()),
@@ -206,7 +211,7 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_device() {
-        assert_eq!(size_of::<State>(), 536);
-        assert_eq!(size_of::<PhasedParams>(), 152 + 24);
+        assert_eq!(size_of::<State>(), 64 * (4 * 4 + 8 + 8) + 24);
+        assert_eq!(size_of::<PhasedParams>(), 160 + 24);
     }
 }

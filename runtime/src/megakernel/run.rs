@@ -11,7 +11,7 @@ use super::phased::State;
 use super::{Form, Megakernel, MegakernelError, timeline};
 use crate::generate::{
     CancelHandle, Event, Executor, FinishReason, GenerateError, GenerateRequest, Limits, Logits,
-    PrefillSequence, prefill_steps,
+    Widths, prefill_steps,
 };
 use crate::gpu::{self, DeviceBuffer, Gpu, GpuError, LaunchConfig, Stream};
 
@@ -37,7 +37,7 @@ impl Executor for Megakernel {
             .iter()
             .map(|request| LaunchSequence {
                 request,
-                first_decode: request.prompt.len() - 1,
+                first_logits: request.prompt.len() - 1,
                 logits_row: None,
             })
             .collect();
@@ -108,7 +108,7 @@ impl Executor for Megakernel {
                 rows += request.prompt.len();
                 LaunchSequence {
                     request,
-                    first_decode: 0,
+                    first_logits: 0,
                     logits_row: Some(row),
                 }
             })
@@ -163,8 +163,9 @@ impl<'a> Progress<'a> {
 /// One sequence of a launch.
 struct LaunchSequence<'a> {
     request: &'a GenerateRequest,
-    /// Position of its first decode step; those before come through prefill steps.
-    first_decode: usize,
+    /// The first position whose logits are of use: the last of a prompt that is gone through by prefill steps, or 0 where
+    /// all go through decode steps.
+    first_logits: usize,
     /// Row of the logits dump for position 0.
     logits_row: Option<usize>,
 }
@@ -192,7 +193,7 @@ impl Megakernel {
             let temperature = request.sampling.temperature;
             sequences.push(Sequence {
                 prompt_length: request.prompt.len() as u32,
-                first_decode: sequence.first_decode as u32,
+                first_logits: sequence.first_logits as u32,
                 max_new: u32::try_from(request.max_new_tokens).unwrap_or(u32::MAX),
                 top_k: request.sampling.top_k,
                 inverse_temperature: if temperature > 0.0 {
@@ -209,14 +210,19 @@ impl Megakernel {
             });
             stop_tokens.extend(&request.stop_tokens);
         }
-        let prefill: Vec<PrefillSequence<'_>> = batch
+        // Logits of every position need decode steps alone.
+        let prefilled: Vec<&[u32]> = batch
             .iter()
-            .map(|sequence| PrefillSequence {
-                prompt: &sequence.request.prompt,
-                first_decode: sequence.first_decode,
-            })
+            .filter(|sequence| sequence.logits_row.is_none())
+            .map(|sequence| &sequence.request.prompt[..])
             .collect();
-        let steps = prefill_steps(&prefill, self.program.prefill.columns);
+        let mut widths = Widths::of(&self.program);
+        if self.form == Form::Phased {
+            widths.wide = None; // the chain has no kernels for them
+        }
+        let steps = prefill_steps(&prefilled, widths);
+        let wide = steps.iter().filter(|step| Some(step.len()) == widths.wide);
+        let wide_steps = wide.count();
         let columns: Vec<PrefillColumn> = steps
             .iter()
             .flatten()
@@ -228,7 +234,7 @@ impl Megakernel {
             .map(|s| {
                 let prompt = s.request.prompt.len();
                 let new = s.request.max_new_tokens.min(context + 1 - prompt);
-                prompt - 1 - s.first_decode + new
+                prompt - 1 - s.first_logits + new
             })
             .max()
             .unwrap_or(0);
@@ -275,7 +281,8 @@ impl Megakernel {
             stop_tokens: self.staged.stop_tokens.device_pointer(),
             tokens_out: self.tokens_out.device_pointer(),
             cancel: self.cancel.device_pointer(),
-            prefill_steps: steps.len() as u32,
+            wide_steps: wide_steps as u32,
+            prefill_steps: (steps.len() - wide_steps) as u32,
             batch: batch.len() as u32,
             epoch: self.epoch,
             trace_events: if self.trace.is_some() {
@@ -283,6 +290,7 @@ impl Megakernel {
             } else {
                 0
             },
+            padding: 0,
             trace: self.trace.as_ref().map_or(0, DeviceBuffer::device_pointer),
         };
         let state = self.first_state(batch, &params);
@@ -306,10 +314,15 @@ impl Megakernel {
             (Form::Phased, Some(chain)) => {
                 chain.prepare(&model.stream, &model.program, &params, state)?;
                 running.begin.record(&model.stream)?;
-                for _ in 0..params.prefill_steps {
-                    chain.prefill_step(&model.stream)?;
+                for step in 0..params.prefill_steps {
+                    chain.prefill_step(&model.stream, step + 1 == params.prefill_steps)?;
                 }
                 running.steps = decode_steps;
+                // The last prefill step makes the first tokens.
+                running.launched = usize::from(params.prefill_steps > 0);
+                if running.launched == running.steps {
+                    running.end.record(&model.stream)?;
+                }
             }
             (Form::Persistent, _) | (Form::Phased, None) => {
                 running.begin.record(&model.stream)?;
@@ -333,7 +346,7 @@ impl Megakernel {
         state.slot = [-1; _];
         let vocab = self.program.vocab;
         for (slot, sequence) in batch.iter().enumerate() {
-            let position = sequence.first_decode;
+            let position = sequence.first_logits;
             state.slot[slot] = slot as i32;
             state.position[slot] = position as u32;
             state.token[slot] = sequence.request.prompt[position];
@@ -387,7 +400,7 @@ struct Running<'a> {
     logits_dump: Option<DeviceBuffer<f32>>,
     begin: gpu::Event,
     end: gpu::Event,
-    /// Decode steps of a chain of kernels that are on the stream.
+    /// Steps with logits, of a chain of kernels, that are on the stream.
     launched: usize,
     /// All there will be; 0 where one kernel does all.
     steps: usize,

@@ -71,15 +71,15 @@ fn check(model: &Model, kernel: &Kernel, sequences: &[Vec<u32>]) {
 
 /// Planned kernels for batches of several sizes.
 fn check_batches(model: &Model, vocab: usize) {
-    let prompts = prompts(&LENGTHS, vocab);
-    let batches = [1, 3, 8, 16];
+    let prompts = prompts(&LENGTHS.repeat(3), vocab);
+    let batches = [1, 3, 8, 16, 20, 40];
     let kernels: Vec<Kernel> = batches
         .par_iter()
         .map(|&batch| Kernel::planned(model, batch, MAX_SEQ))
         .collect();
     for (kernel, batch) in kernels.iter().zip(batches) {
         // The longest ones last, so that a batch of one has a long one too.
-        check(model, kernel, &prompts[16 - batch..]);
+        check(model, kernel, &prompts[prompts.len() - batch..]);
     }
 }
 
@@ -114,13 +114,17 @@ fn a_wider_model_is_the_cpu_s() {
 #[test]
 fn every_placement_is_the_cpu_s() {
     let model = qwen3(SIZES);
-    let prompts = prompts(&LENGTHS, SIZES.vocab);
-    let build = |batch: usize| -> Vec<Kernel> {
+    let prompts = prompts(&LENGTHS.repeat(3), SIZES.vocab);
+    let build = |batch: usize, choices: Vec<Choice>| -> Vec<Kernel> {
         let chosen = |choice| Kernel::chosen(&model, choice, batch, MAX_SEQ);
-        Choice::all().par_iter().map(chosen).collect()
+        choices.par_iter().map(chosen).collect()
     };
-    for batch in [3, 16] {
-        for kernel in build(batch) {
+    for (batch, choices) in [
+        (3, Choice::all()),
+        (16, Choice::all()),
+        (33, Choice::of_rows()),
+    ] {
+        for kernel in build(batch, choices) {
             check(&model, &kernel, &prompts[..batch]);
         }
     }

@@ -15,6 +15,10 @@ use crate::device::{Kernel, turn};
 
 const LENGTHS: [usize; 16] = [7, 1, 70, 2, 33, 16, 5, 1, 40, 3, 9, 12, 64, 65, 17, 80];
 
+fn lengths(batch: usize) -> Vec<usize> {
+    LENGTHS.into_iter().cycle().take(batch).collect()
+}
+
 /// Every way to sample.
 fn samplings() -> impl Iterator<Item = SamplingParams> + Clone {
     let sampled = |(temperature, top_k, top_p)| SamplingParams {
@@ -42,7 +46,7 @@ fn samplings() -> impl Iterator<Item = SamplingParams> + Clone {
 /// Requests that differ in everything.
 fn mixed(batch: usize, vocab: usize) -> Vec<GenerateRequest> {
     (0u32..)
-        .zip(prompts(&LENGTHS[..batch], vocab))
+        .zip(prompts(&lengths(batch), vocab))
         .zip(samplings().cycle())
         .map(|((stream, prompt), sampling)| GenerateRequest {
             max_new_tokens: 3 + stream as usize,
@@ -74,7 +78,7 @@ fn check_company(gpu: &mut Megakernel) {
         let second = gpu.generate_all(&[early, request.clone()]).unwrap();
         assert_eq!(&second[1], want, "sequence {slot} in the second slot");
     }
-    let sequences = prompts(&LENGTHS[..batch], vocab);
+    let sequences = prompts(&lengths(batch), vocab);
     let all = gpu.score(&sequences).unwrap();
     assert!(gpu.score(&sequences).unwrap() == all, "logits repeat");
     for (slot, want) in all.iter().enumerate() {
@@ -98,7 +102,7 @@ fn neighbours_change_nothing() {
         kv_splits: 2,
         replicate_below: 20,
         heads_per_task: 1,
-        prefill_columns: 4,
+        prefill_columns: 8,
     };
     let replicated = Choice {
         stream: StreamForm::Replicated,
@@ -108,6 +112,7 @@ fn neighbours_change_nothing() {
     for kernel in [
         Kernel::planned(&model, 8, 104),
         Kernel::planned(&model, 16, 104),
+        Kernel::planned(&model, 40, 104),
         Kernel::chosen(&model, &scattered, 8, 104),
         Kernel::chosen(&model, &replicated, 5, 104),
     ] {
@@ -141,7 +146,7 @@ fn a_chain_of_kernels_makes_the_same_tokens() {
         kv_splits: 2,
         replicate_below: 20,
         heads_per_task: 1,
-        prefill_columns: 4,
+        prefill_columns: 16,
     };
     let scattered = Choice {
         stream: StreamForm::Scattered,
@@ -151,6 +156,7 @@ fn a_chain_of_kernels_makes_the_same_tokens() {
         (&model, Kernel::planned(&model, 1, 104)),
         (&model, Kernel::chosen(&model, &replicated, 8, 104)),
         (&model, Kernel::chosen(&model, &scattered, 16, 104)),
+        (&model, Kernel::planned(&model, 40, 104)),
         (&tiny, Kernel::planned(&tiny, 4, 128)),
     ] {
         let (source, cubin) = kernel.phased();
@@ -159,7 +165,7 @@ fn a_chain_of_kernels_makes_the_same_tokens() {
         gpu.add_phased(&source, &cubin).unwrap();
         let (batch, vocab) = (gpu.limits().batch, gpu.limits().vocab);
         let requests = mixed(batch, vocab);
-        let sequences = prompts(&LENGTHS[..batch], vocab);
+        let sequences = prompts(&lengths(batch), vocab);
         let tokens = gpu.generate_all(&requests).unwrap();
         let logits = gpu.score(&sequences).unwrap();
         gpu.set_form(Form::Phased);
@@ -174,8 +180,8 @@ fn a_chain_of_kernels_makes_the_same_tokens() {
     }
 }
 
-/// Prompts of one token have no prefill: all logits are of decode steps, as the scored ones are.
-fn check_sampler(gpu: &mut Megakernel, new_tokens: usize) {
+/// Tokens from number `first` on are the CPU's draws from the scored logits.
+fn check_sampler(gpu: &mut Megakernel, new_tokens: usize, first: usize) {
     let (batch, vocab) = (gpu.limits().batch, gpu.limits().vocab);
     for round in 0..4u32 {
         let requests: Vec<_> = (0u32..)
@@ -200,7 +206,7 @@ fn check_sampler(gpu: &mut Megakernel, new_tokens: usize) {
         for ((request, generated), logits) in requests.iter().zip(&generated).zip(&scored) {
             let sampler = request.sampling.sampler().unwrap();
             assert_eq!(generated.tokens.len(), new_tokens);
-            for (position, &token) in (0u32..).zip(&generated.tokens) {
+            for (position, &token) in (0u32..).zip(&generated.tokens).skip(first) {
                 // The row of a position predicts the next one.
                 let row = logits.row(position as usize);
                 let want = sampler.sample(row, request.stream, position + 1);
@@ -212,11 +218,13 @@ fn check_sampler(gpu: &mut Megakernel, new_tokens: usize) {
 
 #[test]
 fn tokens_are_the_cpu_sampler_s() {
+    // Logits are scored by decode steps, whose plan may be another than that of prefill steps, which make first tokens.
     // The wide one has what a small one has not: several passes of the head, and more tokens than a lane asks for at once.
     let vocab = 60_001;
     let wide = qwen3(Sizes { vocab, ..SIZES });
     for (model, batch, new_tokens) in [
         (&qwen3(SIZES), 16, 60),
+        (&qwen3(SIZES), 40, 60),
         (&tiny(), 1, 60),
         (&tiny(), 8, 60),
         (&wide, 1, 60),
@@ -224,8 +232,26 @@ fn tokens_are_the_cpu_sampler_s() {
     ] {
         let kernel = Kernel::planned(model, batch, 64);
         let turn = turn();
-        check_sampler(&mut kernel.load(&turn, model), new_tokens);
+        check_sampler(&mut kernel.load(&turn, model), new_tokens, 1);
     }
+    let alike = Choice {
+        groups: 2,
+        members: 2,
+        helpers: 1,
+        writers: Placement {
+            groups: Split::Columns,
+            members: Split::Rows,
+        },
+        stream: StreamForm::Scattered,
+        kv_splits: 2,
+        replicate_below: 0,
+        heads_per_task: 1,
+        prefill_columns: 8,
+    };
+    let model = qwen3(SIZES);
+    let kernel = Kernel::chosen(&model, &alike, 8, 64);
+    let turn = turn();
+    check_sampler(&mut kernel.load(&turn, &model), 60, 0);
 }
 
 #[test]
@@ -254,11 +280,11 @@ fn a_timeline_changes_nothing_and_records_every_step() {
     assert_eq!(gpu.generate_all(&request).unwrap(), want);
     let timeline = gpu.timeline().unwrap();
     let made = want[0].tokens.len();
-    let prefills = 39usize.div_ceil(kernel.program.prefill.columns);
-    assert_eq!(timeline.steps, [prefills, made]);
+    let prefills = 40usize.div_ceil(kernel.program.prefill.columns);
+    assert_eq!(timeline.steps, [prefills, made - 1]);
     assert_eq!(timeline.workers, kernel.program.mesh.workers());
     let layer = &kernel.program.decode.layer;
-    let times = timeline.workers * kernel.program.layers * made;
+    let times = timeline.workers * kernel.program.layers * (made - 1);
     for phase in layer {
         let name = kernel.program.describe(phase);
         let ends = timeline.parts[1]

@@ -50,7 +50,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "arch")]
     pub(crate) profile: Option<PathBuf>,
 
-    /// Sequences that are generated at once, 1 to 16.
+    /// Sequences that are generated at once, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = up_to(Target::MAX_COLUMNS))]
     pub(crate) batch: u32,
 

@@ -1,9 +1,12 @@
 //! Places: the array of norms, the exchange area, shared memory. Sizes are those of the device code, stated here anew.
 
 use super::{Rule, Violation, ensure, views};
-use crate::fuse::WeightId;
-use crate::plan::Target;
-use crate::program::{CONSUMER_WARPS, Norm, Phase, Program, TILE};
+use crate::fuse::{Epilogue, WeightId};
+use crate::plan::{Target, Transport};
+use crate::program::{
+    CHUNK, CONSUMER_WARPS, Norm, Phase, Program, Region, Ring, Rows, SharedLayout, Step, TILE,
+    WORD_BYTES,
+};
 
 /// A stretch of words or bytes that something needs.
 struct Need {
@@ -101,7 +104,7 @@ pub(super) fn check_norms(program: &Program) -> Result<(), Violation> {
 /// Buffers of the exchange area, in words, for whichever kind of step needs more.
 pub(super) fn check_words(program: &Program) -> Result<(), Violation> {
     let (mesh, e) = (&program.mesh, &program.exchange);
-    let columns = program.prefill.columns.max(program.decode.columns);
+    let columns = program.most_columns();
     let decode = program.decode.columns;
     let mut needs: Vec<Need> = Vec::new();
     let mut need = |name: String, at: usize, size: usize| {
@@ -144,23 +147,21 @@ pub(super) fn check_words(program: &Program) -> Result<(), Violation> {
             );
         }
     }
-    let writer = program
-        .decode
-        .layer
-        .iter()
-        .rev()
-        .find_map(|phase| match phase {
+    rows_needs(program, &mut need);
+    for (_, step) in program.steps() {
+        let writer = step.layer.iter().rev().find_map(|phase| match phase {
             Phase::AddToStream { exchange, .. } => Some(exchange),
             _ => None,
         });
-    if let Some(exchange) = writer.filter(|_| mesh.ctas > mesh.workers()) {
-        let units = views::producers(program, exchange, (0, 0)).len()
-            * program.linears[exchange.source].gathered_words();
-        need(
-            "the stream for the other CTAs".to_owned(),
-            e.stream_at,
-            units * decode,
-        );
+        if let Some(exchange) = writer.filter(|_| mesh.ctas > mesh.workers()) {
+            let units = views::producers(program, exchange, (0, 0)).len()
+                * program.linears[exchange.source].gathered_words();
+            need(
+                "the stream for the other CTAs".to_owned(),
+                e.stream_at,
+                units * step.columns,
+            );
+        }
     }
     // Candidates of two steps: a CTA that holds no layer may still read the last step's while others write the next's. Of
     // a column that samples each CTA has two words.
@@ -195,12 +196,88 @@ pub(super) fn check_words(program: &Program) -> Result<(), Violation> {
     disjoint(needs, e.words, Rule::Words, "words")
 }
 
+/// Rows of bf16 and the flags beside them (`device/rows.cuh`), in words.
+fn rows_needs(program: &Program, need: &mut impl FnMut(String, usize, usize)) {
+    let steps = program.steps();
+    let of_rows = steps.filter(|(_, step)| step.transport == Transport::Rows);
+    let Some(columns) = of_rows.map(|(_, step)| step.columns).max() else {
+        return;
+    };
+    let mesh = &program.mesh;
+    let mut rows = |name: String, rows: Rows, bytes: usize| {
+        need(
+            format!("rows of {name}"),
+            rows.at,
+            bytes.div_ceil(WORD_BYTES),
+        );
+        let flags = (4 * mesh.ctas).div_ceil(WORD_BYTES);
+        need(format!("flags of {name}"), rows.flags_at, flags);
+    };
+    for linear in &program.linears {
+        let bytes = columns * linear.outputs() * 2;
+        rows(
+            linear.name.clone(),
+            linear.rows,
+            linear.partials(mesh) * bytes,
+        );
+        if linear.epilogue == Epilogue::AddResidual {
+            // A sum of squares of each run, of one chunk at least.
+            let squares = columns * (linear.outputs() / CHUNK) * 4;
+            rows(
+                format!("the stream after {}", linear.name),
+                linear.stream_rows,
+                bytes + squares,
+            );
+        }
+    }
+    let a = &program.attention;
+    let heads = columns * a.heads * mesh.groups * a.head_dim * 2;
+    rows(a.name.clone(), a.rows, heads);
+}
+
 /// Alignment of a region: what a bulk copy asks for, and then some.
 const ALIGN: usize = 128;
 
 pub(super) fn check_shared(program: &Program) -> Result<(), Violation> {
-    let regions = &program.shared.regions;
-    for (name, size) in shared_needs(program) {
+    let steps = [&program.prefill, &program.decode];
+    check_layout(
+        &program.shared,
+        shared_needs(program, &steps, &program.ring),
+    )?;
+    let Some(wide) = &program.wide else {
+        return Ok(());
+    };
+    check_layout(
+        &wide.shared,
+        shared_needs(program, &[&wide.step], &wide.ring),
+    )?;
+    ensure(
+        wide.shared.bytes <= program.shared.bytes,
+        Rule::Shared,
+        "the wide layout",
+        || "it is larger than what a CTA has".to_owned(),
+    )?;
+    // What follows on a wide step finds its columns, its head's input and the rings' barriers where it left them.
+    for region in program
+        .shared
+        .regions
+        .iter()
+        .filter(|r| r.name != "Pages" && r.name != "Stream")
+    {
+        let there = |other: &&Region| other.name == region.name && other.at == region.at;
+        ensure(
+            wide.shared.regions.iter().any(|other| there(&other)),
+            Rule::Shared,
+            &region.name,
+            || "it is at another place in wide steps".to_owned(),
+        )?;
+    }
+    Ok(())
+}
+
+fn check_layout(layout: &SharedLayout, needs: Vec<(&'static str, usize)>) -> Result<(), Violation> {
+    let regions = &layout.regions;
+    for (name, size) in needs {
         let mut of_name = regions.iter().filter(|region| region.name == name);
         let (Some(region), None) = (of_name.next(), of_name.next()) else {
             return ensure(false, Rule::Shared, name, || {
@@ -219,19 +296,27 @@ pub(super) fn check_shared(program: &Program) -> Result<(), Violation> {
         at: region.at,
         size: region.bytes,
     });
-    disjoint(needs.collect(), program.shared.bytes, Rule::Shared, "B")
+    disjoint(needs.collect(), layout.bytes, Rule::Shared, "B")
 }
 
-/// What the device code keeps in each region of shared memory, in bytes.
-fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
+/// What the device code keeps in each region of shared memory in these steps, in bytes.
+fn shared_needs(program: &Program, steps: &[&Step], ring: &Ring) -> Vec<(&'static str, usize)> {
     let a = &program.attention;
-    let columns = program.prefill.columns.max(program.decode.columns);
-    let decode = program.decode.columns;
-    // linear.cuh, Products: [warps that split columns, columns, rows of a pass + 4] f32.
+    let columns = steps.iter().map(|step| step.columns).max().unwrap_or(0);
+    // The sampler runs in the layout of decode steps.
+    let samples = steps
+        .iter()
+        .any(|step| std::ptr::eq(*step, &program.decode));
+    let decode = if samples { program.decode.columns } else { 0 };
+    // linear.cuh, Products: [warps that split columns, columns, rows of a pass + 4] f32; rows.cuh: of sixteen at once.
+    let at_once = columns.min(16);
     let products = program.linears.iter().map(|linear| {
         let t = &linear.tiling;
-        t.warp_k() * columns * (t.pass_tiles * TILE + 4) * 4
+        t.warp_k() * at_once * (t.pass_tiles * TILE + 4) * 4
     });
+    // generate.cuh, load_rope: attention of words.
+    let of_words = steps.iter().filter(|s| s.transport == Transport::Words);
+    let turned = of_words.map(|step| step.columns).max().unwrap_or(0);
     // attention.cuh, WarpResult: a head's values, maximum and sum of every warp, f32, padded to four.
     let results = CONSUMER_WARPS * a.heads_per_task * (a.head_dim + 4) * 4;
     // candidates.cuh, Choices: of each warp 64 logits, tokens and columns; per column candidates of the warps, the winner, its state, three draws, four masses and
@@ -248,9 +333,9 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
         .iter()
         .map(|linear| columns * row(linear.width()));
     let heads = columns * row(a.width());
-    let head = decode * row(program.head.width());
+    let head = columns * row(program.head.width());
     // residual.cuh, Replicated: six f32 of every unit of a thread, threads innermost.
-    let stream = program.steps().into_iter().filter_map(|(_, step)| {
+    let stream = steps.iter().filter_map(|step| {
         let exchange = step.layer.iter().find_map(|phase| match phase {
             Phase::AddToStream { exchange, .. } => Some(exchange),
             _ => None,
@@ -263,8 +348,9 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
     });
     let stream = stream.max().map(|bytes| ("Stream", bytes));
     let mut needs = vec![
-        ("Pages", program.ring.pages * program.ring.page_bytes),
-        ("RingStorage", program.ring.pages * 16 + 4),
+        ("Pages", ring.pages * ring.page_bytes),
+        // Barriers of both rings, the one at which memory is handed over, and the flag.
+        ("RingStorage", program.ring.pages * 16 + 8 + 4),
         // Slot, position, token, first: 4 bytes each; a pointer. Then a note, padded.
         ("Columns", Target::MAX_COLUMNS * (4 * 4 + 8) + 8),
         // Two 64-bit numbers, four of 32, and a logit of each warp.
@@ -273,7 +359,7 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
             Target::MAX_COLUMNS * (8 * 2 + 4 * 4 + 4 * CONSUMER_WARPS),
         ),
         ("SumSquares", columns * CONSUMER_WARPS * 4),
-        ("Rope", columns * a.head_dim / 2 * 8),
+        ("Rope", turned * a.head_dim / 2 * 8),
         (
             "Scratch",
             products.chain([results, choices]).max().unwrap_or(0),
@@ -284,5 +370,11 @@ fn shared_needs(program: &Program) -> Vec<(&'static str, usize)> {
         ),
     ];
     needs.extend(stream);
+    needs.extend(
+        program
+            .wide
+            .as_ref()
+            .map(|wide| ("WideRingStorage", wide.ring.pages * 16 + 8 + 4)),
+    );
     needs
 }

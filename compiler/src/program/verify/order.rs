@@ -5,13 +5,15 @@
 //! it has done. One order of execution is walked, but the clocks hold only what every order has in common.
 //!
 //! The trace is the shortest that shows every reuse: two layers of a step (the first and the last; more only add
-//! knowledge), two prefill steps, three greedy decode steps, two that sample, and a greedy one.
+//! knowledge), two prefill steps of which the second makes tokens, three greedy decode steps, two that sample, and a greedy one.
+
+mod rows;
 
 use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::{Rule, Violation, views};
-use crate::plan::StreamForm;
+use crate::plan::{StreamForm, Transport};
 use crate::program::{Exchange, Phase, Program, Step, step_epochs};
 
 /// What each CTA of the grid is known to have done.
@@ -26,6 +28,10 @@ enum Buffer {
     Heads,
     /// The residual stream after a linear, for all.
     Gathered(usize),
+    /// The same three in rows; their epoch is that of the flags.
+    Rows(usize),
+    HeadRows,
+    StreamRows(usize),
     /// The replicated stream, for the CTAs without a part of the layers.
     Stream,
     /// Candidates of the head, by the parity of the step.
@@ -56,10 +62,28 @@ struct Trace<'a> {
 }
 
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
+    let prefill = ("prefill", &program.prefill);
+    // A wide step is the last one or has narrower ones behind it.
+    check_trace(program, &[prefill], prefill)?;
+    if let Some(wide) = &program.wide {
+        let wide = ("wide prefill", &wide.step);
+        check_trace(program, &[wide, wide], prefill)?;
+        check_trace(program, &[wide], wide)?;
+    }
+    Ok(())
+}
+
+/// Prefill steps, a last one that makes tokens, and decode steps.
+fn check_trace(
+    program: &Program,
+    before: &[(&str, &Step)],
+    prefill: (&str, &Step),
+) -> Result<(), Violation> {
     let mut trace = Trace::new(program);
     let mut epoch = 0;
-    for _ in 0..2 {
-        trace.layers("prefill", &program.prefill, epoch)?;
+    let decode = ("decode", &program.decode);
+    for &step in before {
+        trace.layers(step, epoch)?;
         trace.all(
             Buffer::Barrier,
             epoch + program.layers as u64 + 1,
@@ -67,12 +91,20 @@ pub(super) fn check(program: &Program) -> Result<(), Violation> {
         )?;
         epoch += step_epochs(program.layers) as u64;
     }
-    for (number, sampled) in [false, false, false, true, true, false]
-        .into_iter()
-        .enumerate()
+    for (number, (step, sampled)) in [
+        (prefill, false),
+        (decode, false),
+        (decode, false),
+        (decode, false),
+        (decode, true),
+        (decode, true),
+        (decode, false),
+    ]
+    .into_iter()
+    .enumerate()
     {
-        trace.layers("decode", &program.decode, epoch)?;
-        trace.idle(epoch)?;
+        trace.layers(step, epoch)?;
+        trace.idle(step.1, epoch)?;
         let last = epoch + program.layers as u64 + 1;
         trace.all(
             Buffer::Candidates(number % 2),
@@ -102,7 +134,7 @@ impl<'a> Trace<'a> {
         }
     }
 
-    fn layers(&mut self, name: &str, step: &Step, epoch: u64) -> Result<(), Violation> {
+    fn layers(&mut self, (name, step): (&str, &Step), epoch: u64) -> Result<(), Violation> {
         let last = self.program.layers - 1;
         let layers = if last == 0 { vec![0] } else { vec![0, last] };
         for layer in layers {
@@ -115,6 +147,9 @@ impl<'a> Trace<'a> {
     }
 
     fn phase(&mut self, step: &Step, phase: &Phase, epoch: u64) -> Result<(), Violation> {
+        if step.transport == Transport::Rows {
+            return self.phase_of_rows(phase, epoch);
+        }
         let workers = self.program.mesh.workers();
         match phase {
             Phase::Linear(index) => {
@@ -284,8 +319,8 @@ impl<'a> Trace<'a> {
     }
 
     /// What the CTAs without a part of the layers wait for after the last layer.
-    fn idle(&mut self, epoch: u64) -> Result<(), Violation> {
-        let (mesh, step) = (&self.program.mesh, &self.program.decode);
+    fn idle(&mut self, step: &Step, epoch: u64) -> Result<(), Violation> {
+        let mesh = self.program.mesh;
         if mesh.ctas == mesh.workers() {
             return Ok(());
         }
@@ -296,6 +331,10 @@ impl<'a> Trace<'a> {
             _ => None,
         });
         let (buffer, writers) = match (step.stream, gathered) {
+            (StreamForm::Scattered, Some(exchange)) if step.transport == Transport::Rows => (
+                Buffer::StreamRows(exchange.source),
+                (0..mesh.workers()).collect(),
+            ),
             (StreamForm::Scattered, Some(exchange)) => (
                 Buffer::Gathered(exchange.source),
                 self.owners(step, &exchange),
@@ -447,8 +486,8 @@ mod tests {
         }
         let mut trace = Trace::new(&program);
         for (buffer, epoch) in buffers.into_iter().zip([0, 100]) {
-            trace.layers("decode", &program.decode, epoch)?;
-            trace.idle(epoch)?;
+            trace.layers(("decode", &program.decode), epoch)?;
+            trace.idle(&program.decode, epoch)?;
             trace.all(buffer, epoch + 99, "candidates")?;
         }
         Ok(())

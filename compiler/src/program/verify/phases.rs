@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use super::views::{self, covered};
-use super::{Rule, Violation, ensure};
+use super::{Rule, Violation, ensure, rows};
 use crate::fuse::Epilogue;
 use crate::mesh::Split;
-use crate::plan::{StreamForm, Target};
+use crate::plan::{StreamForm, Target, Transport};
 use crate::program::{Exchange, Linear, MOST_HEADS, Next, Phase, Program, RowOrder, Step, TILE};
 
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
@@ -85,15 +85,27 @@ fn check_sizes(program: &Program, name: &str, step: &Step) -> Result<(), Violati
             )
         },
     )?;
-    ensure(
-        name != "decode" || columns >= program.slots,
-        Rule::Steps,
-        name,
-        || format!("{columns} columns for {} sequences", program.slots),
-    )?;
+    ensure(columns >= program.slots, Rule::Steps, name, || {
+        format!("{columns} columns for {} sequences", program.slots)
+    })?;
+    ensure(columns >= program.decode.columns, Rule::Steps, name, || {
+        format!(
+            "{columns} columns do not hold the {} that decode steps go on with",
+            program.decode.columns
+        )
+    })?;
     ensure(step.kv_splits > 0, Rule::Steps, name, || {
         "attention in no splits".to_owned()
-    })
+    })?;
+    match step.transport {
+        Transport::Words => {
+            let most = Target::MAX_WORD_COLUMNS;
+            ensure(columns <= most, Rule::Steps, name, || {
+                format!("{columns} columns; words are for up to {most}")
+            })
+        }
+        Transport::Rows => rows::check(program, name, step),
+    }
 }
 
 fn check_attention(program: &Program) -> Result<(), Violation> {
@@ -304,6 +316,10 @@ impl<'a> Walk<'a> {
             } => {
                 self.form(StreamForm::Scattered, place)?;
                 self.add(exchange, place)?;
+                if self.step.transport == Transport::Rows {
+                    self.scattered = Some((exchange.source, *words_at, *next));
+                    return Ok(());
+                }
                 let linear = &program.linears[exchange.source];
                 let runs = views::producers(program, exchange, (0, 0)).len()
                     * self.step.columns

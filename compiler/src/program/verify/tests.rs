@@ -6,7 +6,7 @@ use crate::cost::StepCost;
 use crate::fuse::{FusedGraph, FusedOp};
 use crate::graph::Graph;
 use crate::mesh::{Mesh, Placement};
-use crate::plan::{Plan, StepPlan, StreamForm, Target};
+use crate::plan::{Plan, StepPlan, StreamForm, Target, Transport};
 use crate::program::{Along, Next, Phase, Program};
 use crate::typed::{ModelConfig, TypedGraph};
 
@@ -69,6 +69,7 @@ impl Forced {
     fn plan(&self, graph: &FusedGraph) -> Plan {
         let step = |columns, stream| StepPlan {
             columns,
+            transport: Transport::Words,
             stream,
             kv_splits: self.kv_splits,
             replicate_below: 0,
@@ -79,6 +80,7 @@ impl Forced {
             placements: self.placements.clone(),
             heads_per_task: self.heads_per_task,
             prefill: step(self.columns, self.prefill),
+            wide: None,
             decode: step(4, self.decode),
             weight_bytes: 0,
             floor: 0.0,
@@ -153,7 +155,7 @@ fn every_legal_layout_passes() {
                     placements: placements.clone(),
                     heads_per_task: 1 + (i + members) % 2,
                     kv_splits: 1 + (i + groups) % 3,
-                    columns: [1, 2, 8, 16][(i + members) % 4],
+                    columns: [4, 8, 4, 16][(i + members) % 4],
                     prefill,
                     decode,
                 };
@@ -508,6 +510,15 @@ fn mutant_steps() {
     check(|program| program.attention.heads_per_task = 2, Rule::Mesh);
     check(|program| program.attention.kv_heads *= 2, Rule::Steps);
     check(|program| program.prefill.columns *= 2, Rule::Mesh);
+    // Fewer columns than decode steps go on with.
+    check(
+        |program| {
+            program.slots = 2;
+            program.prefill.columns = 2;
+            program.plan.prefill.columns = 2;
+        },
+        Rule::Steps,
+    );
 }
 
 /// More members than rows, which `Plan::verify` would refuse: nobody waits for the worker without rows, so nothing keeps it from lagging behind.
@@ -530,7 +541,7 @@ fn workers_that_nobody_waits_for_are_found() {
         placements,
         heads_per_task: 2,
         kv_splits: 1,
-        columns: 1,
+        columns: 4,
         prefill: StreamForm::Replicated,
         decode: StreamForm::Replicated,
     };

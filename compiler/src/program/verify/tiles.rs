@@ -7,21 +7,22 @@ use crate::program::{CONSUMER_WARPS, Linear, Program, RowOrder, TILE, TILE_BYTES
 
 pub(super) fn check(program: &Program) -> Result<(), Violation> {
     let mesh = &program.mesh;
-    let ring = &program.ring;
-    for in_flight in [ring.in_flight, ring.head_in_flight] {
+    for ring in program.rings() {
+        for in_flight in [ring.in_flight, ring.head_in_flight] {
+            ensure(
+                in_flight >= 1 && in_flight <= ring.pages,
+                Rule::Ring,
+                "ring",
+                || format!("{in_flight} pages in flight of {}", ring.pages),
+            )?;
+        }
         ensure(
-            in_flight >= 1 && in_flight <= ring.pages,
+            ring.page_bytes > 0 && ring.page_bytes.is_multiple_of(TILE_BYTES),
             Rule::Ring,
             "ring",
-            || format!("{in_flight} pages in flight of {}", ring.pages),
+            || format!("pages of {} B are no whole tiles", ring.page_bytes),
         )?;
     }
-    ensure(
-        ring.page_bytes > 0 && ring.page_bytes.is_multiple_of(TILE_BYTES),
-        Rule::Ring,
-        "ring",
-        || format!("pages of {} B are no whole tiles", ring.page_bytes),
-    )?;
     for linear in &program.linears {
         let slices: Vec<(Share, Share)> = (0..mesh.workers())
             .map(|cta| mesh.coordinates(cta))
@@ -213,7 +214,9 @@ fn check_tiling(
         )
     })?;
     ensure(
-        t.page_bytes() <= program.ring.page_bytes,
+        program
+            .rings()
+            .all(|ring| t.page_bytes() <= ring.page_bytes),
         Rule::Ring,
         &linear.name,
         || {
