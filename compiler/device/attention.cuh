@@ -204,6 +204,8 @@ MIRAGE_DEVICE void attention(Context<R>& x, int layer, uint32_t epoch) {
   static_assert(kAlone || kReplicateBelow == 0, "only decode steps replicate attention");
   x.begin_phase();
   typedef AttentionTasks<A, Mesh, C, S> T;
+  // Many columns and heads leave no registers for old values while the new ones are gathered.
+  constexpr bool kValuesLate = kAlone && C * A::kHeadsPerTask >= 64;
   // What attention gathers lies behind the next linear's operand, into which a replicated column's result goes at once.
   bf16* const gathered = x.activation + (kReplicateBelow > 0 ? C * padded(Next::kWidth) : 0);
   // Positions of a column that the cache holds; the others, up to its own, come with this step.
@@ -236,13 +238,14 @@ MIRAGE_DEVICE void attention(Context<R>& x, int layer, uint32_t epoch) {
       // Old keys and values do not depend on the current token: they are asked for before q, k and v are waited for.
       KvBatch<A> batch;
       load_keys<A>(batch, rows_of(task), x.at, first_position(x.at, 0, split, splits), cached);
-      load_values<A>(batch, rows_of(task), x.at, first_position(x.at, 0, split, splits), cached);
+      if (!kValuesLate) load_values<A>(batch, rows_of(task), x.at, first_position(x.at, 0, split, splits), cached);
       // The task's query heads, and the keys and values that are not in the cache.
       const bf16* queries = gathered;
       FreshRows fresh{gathered + A::kHeadsPerTask * A::kHeadDim, cached, 0, A::kHeadDim};
       if (kAlone) {
         const bool appends = whole ? column % Mesh::kMembers == x.at.member : split == 0;
         gather_heads_of_task<A, Q, Mesh, C>(x, gathered, task, appends, layer, epoch);
+        if (kValuesLate) load_values<A>(batch, rows_of(task), x.at, first_position(x.at, 0, split, splits), cached);
       } else {
         queries += column * padded(A::kWidth) + task.q_head * A::kHeadDim;
         fresh =

@@ -41,13 +41,13 @@ MIRAGE_DEVICE RingReader<R> reader_of(uint8_t* shared) {
 }
 
 // Behind the ring and its barriers: what a linear multiplies and adds up in.
-constexpr int kBarrierBytes = 1024, kScratchBytes = 20 * 1024, kActivationBytes = 26 * 1024;
+constexpr int kBarrierBytes = 1024, kColumnsBytes = 2048, kScratchBytes = 20 * 1024, kActivationBytes = 26 * 1024;
 template <class R>
 struct CalibrationShared {
-  static constexpr int kColumns = kRingBytes + kBarrierBytes, kSumSquares = kColumns + 512,
+  static constexpr int kColumns = kRingBytes + kBarrierBytes, kSumSquares = kColumns + kColumnsBytes,
                        kScratch = kSumSquares + 1024, kActivation = kScratch + kScratchBytes;
   static_assert(kActivation + kActivationBytes == kSharedBytes, "as the compiler says");
-  static_assert(sizeof(RingStorage<R>) <= kBarrierBytes && sizeof(Columns) <= 512, "they overlap nothing");
+  static_assert(sizeof(RingStorage<R>) <= kBarrierBytes && sizeof(Columns) <= kColumnsBytes, "they overlap nothing");
 };
 
 MIRAGE_DEVICE uint64_t clock_of_sm() {
