@@ -37,6 +37,15 @@ pub enum PlanError {
         /// How many it has.
         found: usize,
     },
+    /// A layer whose linears could be placed in too many ways.
+    #[error(
+        "{graph}: the linears of a layer can be placed in more than {} ways",
+        MOST_PLACEMENTS
+    )]
+    Placements {
+        /// The graph.
+        graph: String,
+    },
     /// No plan becomes a program; the reason of the cheapest.
     #[error(transparent)]
     Program(#[from] ProgramError),
@@ -46,6 +55,9 @@ pub enum PlanError {
 const STREAM_WORDS: usize = 8;
 /// Keys and values that every member of a group may read from L2 in a layer to spare itself an exchange of attention's parts.
 const REPLICATED_BYTES: usize = 64 * 1024;
+/// Placements of all linears of a layer that are enumerated, at most: each is tried on every mesh. The usual decoder has 4;
+/// each linear beside the usual ones multiplies them by up to 4.
+const MOST_PLACEMENTS: usize = 256;
 /// How many of the cheapest plans become programs, at most.
 const TRIES: usize = 2048;
 
@@ -88,7 +100,7 @@ impl Plan {
             attention,
             machine: Machine::of(&target.gpu),
         };
-        let mut plans = search.plans();
+        let mut plans = search.plans()?;
         plans.sort_by(|a, b| objective(a).total_cmp(&objective(b)));
         let considered = plans.len();
         // What a plan is predicted to take can only grow with what its program's ring costs: once the next plan is not
@@ -148,19 +160,20 @@ struct Frame<'a> {
 }
 
 impl Search<'_> {
-    fn plans(&self) -> Vec<Plan> {
+    fn plans(&self) -> Result<Vec<Plan>, PlanError> {
         let mut plans = Vec::new();
         let decode_columns = self.target.batch.next_power_of_two();
+        let all_placements = self.placements()?;
         for mesh in self.meshes() {
-            for placements in self.placements() {
-                if !self.gives_all_a_part(&mesh, &placements) {
+            for placements in &all_placements {
+                if !self.gives_all_a_part(&mesh, placements) {
                     continue;
                 }
                 let shared = self.attention.heads / self.attention.kv_heads;
                 for heads_per_task in divisors(shared).into_iter().filter(|&h| h <= MOST_HEADS) {
                     let frame = Frame {
                         mesh,
-                        placements: &placements,
+                        placements,
                         heads_per_task,
                     };
                     let decodes = self.steps(&frame, decode_columns, true);
@@ -176,7 +189,7 @@ impl Search<'_> {
                 }
             }
         }
-        plans
+        Ok(plans)
     }
 
     fn plan(&self, frame: &Frame<'_>, prefill: StepPlan, decode: StepPlan) -> Plan {
@@ -220,8 +233,8 @@ impl Search<'_> {
     }
 
     /// All placements of the layer's linears that obey the plan's rules.
-    fn placements(&self) -> Vec<Vec<Option<Placement>>> {
-        let mut all = vec![Vec::new()];
+    fn placements(&self) -> Result<Vec<Vec<Option<Placement>>>, PlanError> {
+        let mut all: Vec<Vec<Option<Placement>>> = vec![Vec::new()];
         for (i, node) in self.graph.layer.iter().enumerate() {
             let options: Vec<Option<Placement>> = match &node.op {
                 FusedOp::Attention(_) => vec![None],
@@ -247,25 +260,33 @@ impl Search<'_> {
                         .iter()
                         .map(|option| chosen.iter().copied().chain([*option]).collect())
                 })
+                .filter(|placements: &Vec<_>| self.writers_agree(placements))
                 .collect();
+            if all.len() > MOST_PLACEMENTS {
+                return Err(PlanError::Placements {
+                    graph: self.graph.name.clone(),
+                });
+            }
         }
-        all.retain(|placements| {
-            let mut writers =
-                self.graph
-                    .layer
-                    .iter()
-                    .zip(placements)
-                    .filter_map(|(node, placement)| match &node.op {
-                        FusedOp::Linear(FusedLinear {
-                            epilogue: Epilogue::AddResidual,
-                            ..
-                        }) => *placement,
-                        _ => None,
-                    });
-            let first = writers.next();
-            writers.all(|placement| Some(placement) == first)
-        });
-        all
+        Ok(all)
+    }
+
+    /// Whether the linears placed so far that write the stream share one placement.
+    fn writers_agree(&self, placements: &[Option<Placement>]) -> bool {
+        let mut writers =
+            self.graph
+                .layer
+                .iter()
+                .zip(placements)
+                .filter_map(|(node, placement)| match &node.op {
+                    FusedOp::Linear(FusedLinear {
+                        epilogue: Epilogue::AddResidual,
+                        ..
+                    }) => *placement,
+                    _ => None,
+                });
+        let first = writers.next();
+        writers.all(|placement| Some(placement) == first)
     }
 
     /// Rules 6 and 7 of [`Plan::verify`]: rows of the stream's writers for every worker, and columns where they are split.
