@@ -55,7 +55,7 @@ const FINGERPRINT_SAMPLE: usize = 256;
 pub struct Checkpoint {
     dir: PathBuf,
     config: Map<String, Value>,
-    config_text: Vec<u8>,
+    config_text: String,
     files: Vec<TensorFile>,
     /// Every tensor's place: index into `files`, and what that file's header says.
     tensors: BTreeMap<String, (usize, TensorRecord)>,
@@ -90,7 +90,8 @@ impl Checkpoint {
         Ok(Checkpoint {
             dir,
             config,
-            config_text,
+            // It was parsed, so it is UTF-8.
+            config_text: String::from_utf8_lossy(&config_text).into_owned(),
             files,
             tensors,
         })
@@ -104,6 +105,11 @@ impl Checkpoint {
     /// The contents of `config.json`.
     pub fn config(&self) -> &Map<String, Value> {
         &self.config
+    }
+
+    /// The text of `config.json`.
+    pub fn config_text(&self) -> &str {
+        &self.config_text
     }
 
     /// The paths of the safetensors files, in the order of their names.
@@ -169,7 +175,7 @@ impl Checkpoint {
             hasher.update(&(bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
         };
-        part(&self.config_text);
+        part(self.config_text.as_bytes());
         for (index, file) in self.files.iter().enumerate() {
             part(file.name().as_bytes());
             part(&file.len().to_le_bytes());
