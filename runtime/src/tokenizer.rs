@@ -17,6 +17,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{CheckpointError, folder};
@@ -69,6 +70,12 @@ pub enum TokenizerError {
     },
 }
 
+/// The crate's tokenizer; a panic of the crate over the file is an error like others.
+fn parse(text: &[u8]) -> Result<tokenizers::Tokenizer, tokenizers::Error> {
+    catch_unwind(|| tokenizers::Tokenizer::from_bytes(text))
+        .unwrap_or_else(|_| Err("its parts contradict each other".into()))
+}
+
 /// A checkpoint's tokenizer.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -93,7 +100,10 @@ impl Tokenizer {
             file: file.clone(),
             reason: e.to_string(),
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&text).map_err(malformed)?;
+        // The crate reads parts of the file anew, sure that they are JSON, and panics where a string is no text.
+        serde_json::from_slice::<serde_json::Value>(&text)
+            .map_err(|error| malformed(error.into()))?;
+        let mut inner = parse(&text).map_err(malformed)?;
         inner.with_truncation(None).map_err(malformed)?;
         inner.with_padding(None);
         Ok(Tokenizer { file, inner })

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use mirage_runtime::checkpoint::Checkpoint;
 use mirage_runtime::tokenizer::Tokenizer;
+use tempfile::TempDir;
 
 use super::refused;
 
@@ -12,19 +13,48 @@ use super::refused;
 const SHARD: &[u8] = b"\x39\0\0\0\0\0\0\0{\"w\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}     \0\0\x80\x3f\0\0\0\x40";
 
 pub(super) fn safetensors(input: &[u8]) -> bool {
+    if input.first() == Some(&b'{') {
+        return open("model.safetensors.index.json", input);
+    }
+    // Most changes of a header change its length: with the right one the header itself is tried, too.
+    if let Some((length, rest)) = input.split_first_chunk::<8>()
+        && let Some(last) = rest.iter().rposition(|byte| *byte == b'}')
+    {
+        let right = (last as u64 + 1).to_le_bytes();
+        if *length != right {
+            open("model.safetensors", &[&right[..], rest].concat());
+        }
+    }
+    open("model.safetensors", input)
+}
+
+/// A model's folder in a folder that has a shard too, made once for each thread: making one takes longer than reading it.
+fn outer() -> TempDir {
     let outer = tempfile::tempdir().expect("a folder");
     let dir = outer.path().join("model");
-    let put = |path: &Path, bytes: &[u8]| fs::write(path, bytes).expect("a file");
     fs::create_dir(&dir).expect("a folder");
-    put(&dir.join("config.json"), b"{}");
-    if input.first() == Some(&b'{') {
-        put(&outer.path().join("a.safetensors"), SHARD);
-        put(&dir.join("a.safetensors"), SHARD);
-        put(&dir.join("model.safetensors.index.json"), input);
-    } else {
-        put(&dir.join("model.safetensors"), input);
+    fs::write(dir.join("config.json"), b"{}").expect("a file");
+    for folder in [outer.path(), &dir] {
+        fs::write(folder.join("a.safetensors"), SHARD).expect("a file");
     }
-    let checkpoint = match Checkpoint::open(&dir) {
+    outer
+}
+
+/// Opens and reads a checkpoint with this file.
+fn open(name: &str, input: &[u8]) -> bool {
+    thread_local! {
+        static OUTER: TempDir = outer();
+    }
+    let dir = OUTER.with(|outer| outer.path().join("model"));
+    let file = dir.join(name);
+    fs::write(&file, input).expect("a file");
+    let taken = read_checkpoint(&dir);
+    fs::remove_file(file).expect("it was written");
+    taken
+}
+
+fn read_checkpoint(dir: &Path) -> bool {
+    let checkpoint = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint,
         Err(error) => {
             refused(&error);
