@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use super::refused;
 
 /// One tensor `w`, f32 `[2]`.
-const SHARD: &[u8] = b"\x39\0\0\0\0\0\0\0{\"w\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}     \0\0\x80\x3f\0\0\0\x40";
+const SHARD: &[u8] = b"\x38\0\0\0\0\0\0\0{\"w\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}  \0\0\x80\x3f\0\0\0\x40";
 
 pub(super) fn safetensors(input: &[u8]) -> bool {
     if input.first() == Some(&b'{') {
