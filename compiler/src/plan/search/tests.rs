@@ -33,7 +33,7 @@ fn plans(graph: &FusedGraph, batch: usize) -> Vec<Plan> {
         attention,
         machine: Machine::of(&target.gpu),
     };
-    let mut plans = search.plans();
+    let mut plans = search.plans().unwrap();
     plans.sort_by(|a, b| a.decode.cost.total.total_cmp(&b.decode.cost.total));
     plans
 }
