@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use mirage_compiler::graph::Graph;
+use mirage_compiler::input::{MAX_TEXT, read_text};
 use mirage_compiler::ops::Load;
 use mirage_compiler::typed::{ModelConfig, TypedGraph};
 use mirage_runtime::checkpoint::Checkpoint;
@@ -27,6 +28,9 @@ const GRAPHS: [(&str, &str, &str); 2] = [
         include_str!("../../graphs/llama3.ron"),
     ),
 ];
+
+/// Largest `refs/main` of the Hugging Face cache, in bytes: the hash of a revision.
+const MAX_REF: usize = 4096;
 
 /// Context of a model whose config.json does not name one.
 const DEFAULT_CONTEXT: usize = 4096;
@@ -69,7 +73,7 @@ impl Model {
         let stop_tokens = stop_tokens(&dir, checkpoint.config())?;
         let (graph_name, graph_text) = match graph {
             Some(path) => {
-                let text = std::fs::read_to_string(path)
+                let text = read_text(path, MAX_TEXT)
                     .with_context(|| format!("the graph {} cannot be read", path.display()))?;
                 (path.display().to_string(), text)
             }
@@ -82,9 +86,7 @@ impl Model {
             )?,
         };
         let file = dir.join("config.json");
-        let text = std::fs::read_to_string(&file)
-            .with_context(|| format!("{} cannot be read", file.display()))?;
-        let config = ModelConfig::parse(&text, &file.to_string_lossy())?;
+        let config = ModelConfig::parse(checkpoint.config_text(), &file.to_string_lossy())?;
         let typed = TypedGraph::new(&Graph::parse(&graph_text, &graph_name)?, &config)?;
         let facts = facts(
             name,
@@ -188,15 +190,17 @@ fn find(name: &str, caches: &[PathBuf]) -> Result<PathBuf> {
 
 /// The cache folder's name of an id `owner/name`; `None` for what cannot be one.
 fn repository(name: &str) -> Option<String> {
-    let valid = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-    };
     let (owner, model) = name.split_once('/')?;
-    (valid(owner) && valid(model)).then(|| format!("models--{owner}--{model}"))
+    (is_plain(owner) && is_plain(model)).then(|| format!("models--{owner}--{model}"))
+}
+
+/// Whether a text is one name of a folder, and none that is hidden or leads upwards.
+fn is_plain(part: &str) -> bool {
+    !part.is_empty()
+        && !part.starts_with('.')
+        && part
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
 }
 
 /// Where Hugging Face's tools keep models, by their rules.
@@ -215,9 +219,10 @@ fn hub_caches(variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
 /// Several versions, none of which `refs/main` names.
 fn snapshot(name: &str, repository: &Path) -> Result<Option<PathBuf>> {
     let snapshots = repository.join("snapshots");
-    let main = std::fs::read_to_string(repository.join("refs/main")).ok();
+    let main = read_text(&repository.join("refs/main"), MAX_REF).ok();
     let complete = |dir: &PathBuf| dir.join("config.json").is_file();
     let named = main
+        .filter(|hash| is_plain(hash.trim()))
         .map(|hash| snapshots.join(hash.trim()))
         .filter(complete);
     if named.is_some() {

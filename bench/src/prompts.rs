@@ -3,9 +3,15 @@
 //! Owns the file format (described at the head of `bench/prompts/test_prompts.txt`) and the order of prompts. It must not
 //! know a tokenizer or a model: what does not fit a model is left out by the caller, which knows the reason.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::stats::Random;
+
+/// Largest prompt file, in bytes: far more text than a run has time for.
+pub const MAX_FILE: usize = 64 << 20;
+/// Longest line that an error repeats, in bytes.
+const MAX_SHOWN: usize = 80;
 
 /// The category of prompts in a file that names none.
 pub const UNCATEGORIZED: &str = "uncategorized";
@@ -64,6 +70,7 @@ pub fn parse(bytes: &[u8], file: &str) -> Result<Vec<Prompt>, PromptError> {
         )
     })?;
     let mut prompts: Vec<Prompt> = Vec::new();
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     let mut category = UNCATEGORIZED;
     // Editors on Windows put a byte order mark in front.
     for (index, line) in text.trim_start_matches('\u{feff}').split('\n').enumerate() {
@@ -78,7 +85,7 @@ pub fn parse(bytes: &[u8], file: &str) -> Result<Vec<Prompt>, PromptError> {
                     .all(|c| c.is_alphanumeric() || c == '-' || c == '_')
             {
                 let rule = "a category's name has letters, digits, - and _ only; a prompt that starts with @ is written as a JSON string";
-                return Err(error(index + 1, format!("`{line}`: {rule}")));
+                return Err(error(index + 1, format!("`{}`: {rule}", shorten(line))));
             }
             category = name;
             continue;
@@ -97,10 +104,8 @@ pub fn parse(bytes: &[u8], file: &str) -> Result<Vec<Prompt>, PromptError> {
                 "the prompt is empty; give it at least one character or remove the line".to_owned(),
             ));
         }
-        let number = 1 + prompts
-            .iter()
-            .filter(|prompt| prompt.category == category)
-            .count();
+        let number = counts.entry(category).or_default();
+        *number += 1;
         prompts.push(Prompt {
             id: format!("{category}/{number}"),
             category: category.to_owned(),
@@ -114,6 +119,14 @@ pub fn parse(bytes: &[u8], file: &str) -> Result<Vec<Prompt>, PromptError> {
         ));
     }
     Ok(prompts)
+}
+
+/// A line, or its beginning.
+fn shorten(line: &str) -> String {
+    match line.char_indices().find(|(at, _)| *at >= MAX_SHOWN) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.to_owned(),
+    }
 }
 
 /// BLAKE3 of ids and texts, in hexadecimal: equal hashes are equal prompts in equal order.
@@ -130,30 +143,29 @@ pub fn hash(prompts: &[Prompt]) -> String {
 /// The order in which prompts are used: categories in turn, each in an order of its own, so that any stretch of the list
 /// has all categories about equally. The same seed gives the same order. Returns indices of `categories`, each once.
 pub fn order(categories: &[&str], seed: u64) -> Vec<usize> {
-    let mut queues: Vec<(&str, Vec<usize>)> = Vec::new();
+    // In the order in which they are met first.
+    let mut queues: Vec<Vec<usize>> = Vec::new();
+    let mut queue_of: BTreeMap<&str, usize> = BTreeMap::new();
     for (index, category) in categories.iter().enumerate() {
-        match queues.iter_mut().find(|(name, _)| name == category) {
-            Some((_, queue)) => queue.push(index),
-            None => queues.push((category, vec![index])),
+        let queue = *queue_of.entry(category).or_insert(queues.len());
+        if queue == queues.len() {
+            queues.push(Vec::new());
         }
+        queues[queue].push(index);
     }
     let mut random = Random(seed);
     random.shuffle(&mut queues);
-    for (_, queue) in &mut queues {
+    for queue in &mut queues {
         random.shuffle(queue);
     }
-    let longest = queues
-        .iter()
-        .map(|(_, queue)| queue.len())
-        .max()
-        .unwrap_or(0);
-    (0..longest)
-        .flat_map(|turn| {
-            queues
-                .iter()
-                .filter_map(move |(_, queue)| queue.get(turn).copied())
-        })
-        .collect()
+    let longest = queues.iter().map(Vec::len).max().unwrap_or(0);
+    // Those that are used up leave the round, so that many short ones cost nothing beside a long one.
+    let mut order = Vec::with_capacity(categories.len());
+    for turn in 0..longest {
+        queues.retain(|queue| turn < queue.len());
+        order.extend(queues.iter().map(|queue| queue[turn]));
+    }
+    order
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ pub const BARRIER: &str = "calibrate_barrier";
 /// Clocks that a CTA tells.
 pub const CLOCKS: usize = 2;
 /// What lies behind the ring in shared memory (`device/calibrate/common.cuh`, `CalibrationShared`).
-const BEHIND_RING: usize = 1024 + 512 + 1024 + 20 * 1024 + 26 * 1024;
+const BEHIND_RING: usize = 1024 + 2048 + 1024 + 20 * 1024 + 26 * 1024;
 
 /// A linear that is measured: all of its pages are there when it begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,8 +13,9 @@
 //!   to is refused: a cubin is code that we run.
 //! - **Entries** are written to a temporary file and renamed, so readers see whole entries
 //!   or none, whoever else compiles at the same time. Each carries the hash of its content;
-//!   one that does not match is compiled again and replaced. Any of them may be deleted
-//!   at any time.
+//!   one that does not match is compiled again and replaced. So is one that is a link, that
+//!   somebody else owns or can write to, or that is too large for a cubin: a folder may have
+//!   been open to others before it was private. Any of them may be deleted at any time.
 
 use std::env;
 use std::fs;
@@ -25,10 +26,14 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::arch::Arch;
+use crate::input;
 use crate::nvrtc::{Compiled, KernelResources, Nvrtc, NvrtcError, Options, Source};
 
 /// Changes whenever the key or the entries' format does.
 const FORMAT: &str = "mirage cubin 1";
+
+/// Largest entry that is read, in bytes. Entries have some hundred KB.
+const MAX_ENTRY: usize = 64 << 20;
 
 /// Bytes of a blake3 hash.
 const HASH: usize = blake3::OUT_LEN;
@@ -111,12 +116,7 @@ impl CubinCache {
         };
         match look() {
             Err(error) => Err(CacheError::Io { folder, error }),
-            Ok(meta)
-                if meta.uid() != rustix::process::geteuid().as_raw()
-                    || meta.mode() & 0o022 != 0 =>
-            {
-                Err(CacheError::NotPrivate { folder })
-            }
+            Ok(meta) if !is_private(&meta) => Err(CacheError::NotPrivate { folder }),
             Ok(_) => Ok(CubinCache { folder }),
         }
     }
@@ -137,7 +137,7 @@ impl CubinCache {
             .folder
             .join(format!("{}.cubin", key(nvrtc, source, arch, options)));
         // A missing entry and an unreadable or damaged one mend alike: by compiling.
-        if let Some(compiled) = fs::read(&path).ok().as_deref().and_then(decode) {
+        if let Some(compiled) = entry(&path).as_deref().and_then(decode) {
             return Ok(Fetched {
                 compiled,
                 hit: true,
@@ -160,6 +160,21 @@ impl CubinCache {
         file.persist(path)?;
         Ok(())
     }
+}
+
+/// Whether it is this user's, and nobody else can write to it.
+fn is_private(meta: &fs::Metadata) -> bool {
+    meta.uid() == rustix::process::geteuid().as_raw() && meta.mode() & 0o022 == 0
+}
+
+/// The bytes of an entry; `None` where there is none that can be trusted. Nobody else can exchange it meanwhile: the folder
+/// is private.
+fn entry(path: &Path) -> Option<Vec<u8>> {
+    let meta = fs::symlink_metadata(path).ok()?;
+    if !meta.is_file() || !is_private(&meta) {
+        return None;
+    }
+    input::read(path, MAX_ENTRY).ok()
 }
 
 /// Compiles with what this machine has: the NVRTC that is found, through the user's cache
@@ -294,6 +309,29 @@ mod tests {
             assert_eq!(decode(&entry[..at]), None, "cut at {at}");
         }
         assert_eq!(decode(&[&entry[..], b"x"].concat()), None);
+    }
+
+    #[test]
+    fn entries_of_others_are_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("e.cubin");
+        fs::write(&path, "ours").unwrap();
+        let mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        for (bits, trusted) in [(0o600, true), (0o644, true), (0o664, false), (0o602, false)] {
+            mode(bits);
+            assert_eq!(entry(&path).is_some(), trusted, "{bits:o}");
+        }
+        mode(0o600);
+        let link = folder.path().join("link.cubin");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert_eq!(entry(&link), None);
+        fs::File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(MAX_ENTRY as u64 + 1)
+            .unwrap();
+        assert_eq!(entry(&path), None);
     }
 
     #[test]

@@ -17,6 +17,13 @@ use serde::{Deserialize, Serialize};
 
 use excerpt::{Excerpt, abridge};
 
+/// Most errors that are shown of one file. Whoever mends these sees the next ones, and each excerpt costs a walk through
+/// the file.
+const MAX_SHOWN: usize = 20;
+
+/// Longest name that is compared with others, in bytes: similarity takes the product of two lengths.
+const MAX_NAME: usize = 200;
+
 /// A byte range of the graph file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Span {
@@ -197,9 +204,14 @@ impl fmt::Display for Diagnostics {
         let rendered: Vec<_> = self
             .list
             .iter()
+            .take(MAX_SHOWN)
             .map(|one| one.render(&self.source).trim_end().to_owned())
             .collect();
-        f.write_str(&rendered.join("\n\n"))
+        f.write_str(&rendered.join("\n\n"))?;
+        match self.list.len().saturating_sub(MAX_SHOWN) {
+            0 => Ok(()),
+            more => write!(f, "\n\nand {more} more errors in {}", self.source.name),
+        }
     }
 }
 
@@ -222,9 +234,13 @@ pub fn did_you_mean<'a>(
     word: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
+    if word.len() > MAX_NAME {
+        return None;
+    }
     let folded = word.to_lowercase();
     candidates
         .into_iter()
+        .filter(|candidate| candidate.len() <= MAX_NAME)
         .map(|candidate| {
             (
                 strsim::jaro_winkler(&folded, &candidate.to_lowercase()),
@@ -276,5 +292,27 @@ mod tests {
             Some("RmsNorm")
         );
         assert_eq!(did_you_mean("Convolution", ["Linear", "Rope"]), None);
+    }
+
+    #[test]
+    fn very_long_names_are_not_compared() {
+        let long = "a".repeat(1 << 24);
+        assert_eq!(did_you_mean(&long, [long.as_str()]), None);
+        assert_eq!(
+            did_you_mean("Liner", [long.as_str(), "Linear"]),
+            Some("Linear")
+        );
+    }
+
+    #[test]
+    fn a_flood_of_errors_is_cut() {
+        let source = Arc::new(Source {
+            name: "a.ron".into(),
+            text: "x".into(),
+        });
+        let list = vec![Diagnostic::new("rule", Span::default(), "message"); MAX_SHOWN + 5];
+        let text = Diagnostics { source, list }.to_string();
+        assert_eq!(text.matches("message").count(), MAX_SHOWN);
+        assert!(text.ends_with("and 5 more errors in a.ron"), "{text}");
     }
 }

@@ -211,6 +211,12 @@ fn locate(error: PlanError, graph: &Graph, typed: &TypedGraph, fused: &FusedGrap
                 "let a layer have one Attention; graphs/qwen3.ron shows one".to_owned(),
             )
         }
+        PlanError::Placements { .. } => diagnosed(
+            "layer-size",
+            graph.layers.state.span,
+            "",
+            "graphs/qwen3.ron and graphs/llama3.ron show layers that compile".to_owned(),
+        ),
         PlanError::Program(ProgramError::Tile { node, multiple, .. }) => diagnosed(
             "tile-size",
             span_of(node, |op| matches!(op, TypedOp::Linear(_))),

@@ -25,6 +25,7 @@ pub mod driver;
 pub mod emit;
 pub mod fuse;
 pub mod graph;
+pub mod input;
 pub mod mesh;
 pub mod nvrtc;
 pub mod ops;

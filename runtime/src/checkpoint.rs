@@ -9,11 +9,12 @@
 //! 2. `model.safetensors.index.json`, whose `weight_map` names the file of every tensor. The index is authoritative: a
 //!    tensor that a shard holds but the index does not list is not part of the checkpoint.
 //!
-//! Shard names are relative paths below the folder. `..` and absolute paths are refused; symbolic links are followed,
-//! because the Hugging Face cache is made of links to files elsewhere.
+//! Shard names are relative paths below the folder. `..` and absolute paths are refused, and so are symbolic links that lead
+//! out of it (`folder.rs`).
 
 mod error;
 mod file;
+pub(crate) mod folder;
 mod tensor;
 #[cfg(test)]
 mod tests;
@@ -21,10 +22,9 @@ mod tests;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::fs;
-use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use mirage_compiler::input::MAX_TEXT;
 use mirage_compiler::reference::{self, WeightSource};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -39,6 +39,11 @@ const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
+/// Largest index, in bytes. That of a model of 60,000 tensors has 6 MB.
+const MAX_INDEX: usize = 64 << 20;
+/// Most files of weights. The largest published checkpoints have some 200; each is mapped, and a process may have 65,530 maps.
+const MAX_SHARDS: usize = 4096;
+
 /// Bytes of every tensor that go into [`Checkpoint::fingerprint`].
 const FINGERPRINT_SAMPLE: usize = 256;
 
@@ -50,7 +55,7 @@ const FINGERPRINT_SAMPLE: usize = 256;
 pub struct Checkpoint {
     dir: PathBuf,
     config: Map<String, Value>,
-    config_text: Vec<u8>,
+    config_text: String,
     files: Vec<TensorFile>,
     /// Every tensor's place: index into `files`, and what that file's header says.
     tensors: BTreeMap<String, (usize, TensorRecord)>,
@@ -67,12 +72,8 @@ impl Checkpoint {
             return Err(CheckpointError::NoFolder { dir });
         }
         let config_path = dir.join(CONFIG);
-        let config_text = match fs::read(&config_path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return Err(CheckpointError::NoConfig { dir });
-            }
-            Err(e) => return Err(CheckpointError::io(&config_path, e)),
+        let Some(config_text) = folder::read(&dir, CONFIG, MAX_TEXT)? else {
+            return Err(CheckpointError::NoConfig { dir });
         };
         let config = parse_json(&config_path, &config_text)?;
 
@@ -89,7 +90,8 @@ impl Checkpoint {
         Ok(Checkpoint {
             dir,
             config,
-            config_text,
+            // It was parsed, so it is UTF-8.
+            config_text: String::from_utf8_lossy(&config_text).into_owned(),
             files,
             tensors,
         })
@@ -103,6 +105,11 @@ impl Checkpoint {
     /// The contents of `config.json`.
     pub fn config(&self) -> &Map<String, Value> {
         &self.config
+    }
+
+    /// The text of `config.json`.
+    pub fn config_text(&self) -> &str {
+        &self.config_text
     }
 
     /// The paths of the safetensors files, in the order of their names.
@@ -168,7 +175,7 @@ impl Checkpoint {
             hasher.update(&(bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
         };
-        part(&self.config_text);
+        part(self.config_text.as_bytes());
         for (index, file) in self.files.iter().enumerate() {
             part(file.name().as_bytes());
             part(&file.len().to_le_bytes());
@@ -216,7 +223,8 @@ struct Index {
 
 fn open_sharded(dir: &Path) -> Result<Contents, CheckpointError> {
     let index_path = dir.join(INDEX);
-    let text = fs::read(&index_path).map_err(|e| CheckpointError::io(&index_path, e))?;
+    // It was there a moment ago.
+    let text = folder::read(dir, INDEX, MAX_INDEX)?.unwrap_or_default();
     let index: Index = parse_json(&index_path, &text)?;
 
     let mut by_shard: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -225,6 +233,14 @@ fn open_sharded(dir: &Path) -> Result<Contents, CheckpointError> {
     }
     if by_shard.is_empty() {
         return Err(CheckpointError::EmptyIndex { index: index_path });
+    }
+
+    if by_shard.len() > MAX_SHARDS {
+        return Err(CheckpointError::TooManyShards {
+            index: index_path,
+            found: by_shard.len(),
+            limit: MAX_SHARDS,
+        });
     }
 
     let mut files = Vec::with_capacity(by_shard.len());
@@ -263,8 +279,9 @@ fn open_sharded(dir: &Path) -> Result<Contents, CheckpointError> {
 fn stays_inside(shard: &str) -> bool {
     // A backslash is a plain character on Unix and a separator on Windows: refuse it so that a checkpoint means the
     // same everywhere.
-    !shard.is_empty()
-        && !shard.contains('\\')
+    // One name for one file: `a//b` and `a/./b` have fewer components than parts.
+    !shard.contains('\\')
+        && shard.split('/').count() == Path::new(shard).components().count()
         && Path::new(shard)
             .components()
             .all(|component| matches!(component, Component::Normal(_)))

@@ -17,12 +17,17 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
+
+use crate::checkpoint::{CheckpointError, folder};
 
 pub use stop::{StopTokensError, stop_tokens};
 pub use stream::TextStream;
 
 const FILE: &str = "tokenizer.json";
+/// Largest tokenizer.json, in bytes. Gemma's, of 262,144 tokens, has 33 MB.
+const MAX_FILE: usize = 128 << 20;
 
 /// Why text could not be turned into tokens or back.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +41,10 @@ pub enum TokenizerError {
         /// The checkpoint's folder.
         dir: PathBuf,
     },
-    /// `tokenizer.json` cannot be read or is malformed.
+    /// `tokenizer.json` cannot be read.
+    #[error(transparent)]
+    File(#[from] CheckpointError),
+    /// `tokenizer.json` is malformed.
     #[error("{}: not a tokenizer that can be loaded ({reason}); download it again", file.display())]
     Malformed {
         /// The file.
@@ -62,6 +70,12 @@ pub enum TokenizerError {
     },
 }
 
+/// The crate's tokenizer; a panic of the crate over the file is an error like others.
+fn parse(text: &[u8]) -> Result<tokenizers::Tokenizer, tokenizers::Error> {
+    catch_unwind(|| tokenizers::Tokenizer::from_bytes(text))
+        .unwrap_or_else(|_| Err("its parts contradict each other".into()))
+}
+
 /// A checkpoint's tokenizer.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -77,16 +91,19 @@ impl Tokenizer {
     pub fn open(dir: impl AsRef<Path>) -> Result<Tokenizer, TokenizerError> {
         let dir = dir.as_ref();
         let file = dir.join(FILE);
-        if !file.exists() {
+        let Some(text) = folder::read(dir, FILE, MAX_FILE)? else {
             return Err(TokenizerError::Missing {
                 dir: dir.to_path_buf(),
             });
-        }
+        };
         let malformed = |e: tokenizers::Error| TokenizerError::Malformed {
             file: file.clone(),
             reason: e.to_string(),
         };
-        let mut inner = tokenizers::Tokenizer::from_file(&file).map_err(malformed)?;
+        // The crate reads parts of the file anew, sure that they are JSON, and panics where a string is no text.
+        serde_json::from_slice::<serde_json::Value>(&text)
+            .map_err(|error| malformed(error.into()))?;
+        let mut inner = parse(&text).map_err(malformed)?;
         inner.with_truncation(None).map_err(malformed)?;
         inner.with_padding(None);
         Ok(Tokenizer { file, inner })

@@ -1,45 +1,48 @@
 //! What a run is given: files, prompts and the device, each with an error that says how to mend it.
 
-use std::fs;
 use std::io;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use mirage_compiler::input::{self, InputError};
 use mirage_compiler::profile::Profile;
 use mirage_runtime::gpu::Gpu;
 
 use crate::cli::{Args, BaselineName, DEFAULT_PROMPTS, DeviceChoice};
 use crate::external::{self, External};
-use crate::prompts::Prompt;
+use crate::prompts::{self, Prompt};
 use crate::report::json;
 use crate::results::Results;
+
+/// Largest result file that is read, in bytes. One of a long run has some hundred KB.
+const MAX_RESULTS: usize = 64 << 20;
 
 /// The prompts that come with the program.
 const BUILT_IN_PROMPTS: &[u8] = include_bytes!("../../prompts/test_prompts.txt");
 
 pub(super) fn read_results(file: &Path) -> Result<Results> {
-    let text = fs::read_to_string(file)
+    let text = input::read_text(file, MAX_RESULTS)
         .with_context(|| format!("--compare {} cannot be read", file.display()))?;
     Ok(json::read(&text, &file.to_string_lossy())?)
 }
 
 pub(super) fn read_external(file: &Path) -> Result<External> {
-    let text = fs::read_to_string(file)
+    let text = input::read_text(file, MAX_RESULTS)
         .with_context(|| format!("--external {} cannot be read", file.display()))?;
     Ok(external::read(&text, &file.to_string_lossy())?)
 }
 
 pub(super) fn read_profile(file: &Path) -> Result<Profile> {
-    let text = fs::read_to_string(file)
+    let text = input::read_text(file, input::MAX_TEXT)
         .with_context(|| format!("--profile {} cannot be read", file.display()))?;
     Ok(Profile::parse(&text, &file.to_string_lossy())?)
 }
 
 /// The prompt file's name for people, and its bytes.
 pub(super) fn read_prompts(path: &Path) -> Result<(String, Vec<u8>)> {
-    match fs::read(path) {
+    match input::read(path, prompts::MAX_FILE) {
         Ok(bytes) => Ok((path.display().to_string(), bytes)),
-        Err(error)
+        Err(InputError::Io(error))
             if error.kind() == io::ErrorKind::NotFound && path == Path::new(DEFAULT_PROMPTS) =>
         {
             Ok((

@@ -13,7 +13,10 @@ use super::{Expr, Graph, LAYER, Node, Spanned, Symbol, TOKENS, is_identifier};
 use crate::diagnostics::{Diagnostic, Span, did_you_mean};
 use crate::ops::Op;
 
-/// All broken rules of a graph.
+/// Enough errors to mend: undefined symbols are not looked for beyond, because each is compared with all that there are.
+const ENOUGH: usize = 100;
+
+/// All broken rules of a graph, or the first [`ENOUGH`] and more.
 pub(super) fn check(graph: &Graph) -> Vec<Diagnostic> {
     let mut errors = Vec::new();
     identifier("the graph's name", &graph.name, &mut errors);
@@ -344,6 +347,9 @@ fn check_symbols<'a>(graph: &'a Graph, errors: &mut Vec<Diagnostic>) -> Vec<&'a 
 }
 
 fn check_names_in(expr: &Spanned<Expr>, known: &[&str], errors: &mut Vec<Diagnostic>) {
+    if errors.len() >= ENOUGH {
+        return;
+    }
     for name in expr
         .names()
         .into_iter()
@@ -362,7 +368,7 @@ fn check_names_in(expr: &Spanned<Expr>, known: &[&str], errors: &mut Vec<Diagnos
 }
 
 /// All expressions of an operator.
-fn expressions(op: &Op) -> Vec<&Spanned<Expr>> {
+pub(super) fn expressions(op: &Op) -> Vec<&Spanned<Expr>> {
     match op {
         Op::Embedding(op) => vec![&op.rows, &op.columns],
         Op::RmsNorm(op) => vec![&op.eps],

@@ -11,10 +11,12 @@
 //! 4. Every result is used. The one end of the graph is a Sample in `after`.
 //! 5. Expressions use declared dims and params only; `absent` uses only those declared above it.
 //! 6. Weights of the layer have `{layer}` in their name, other weights have not.
+//! 7. Nothing is larger than the limits in `limits.rs`.
 
 mod check;
 mod display;
 mod expr;
+mod limits;
 mod read;
 
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use serde::Deserialize;
 use crate::diagnostics::{Diagnostic, Diagnostics, Source, Span};
 use crate::ops::Op;
 pub use expr::{Expr, Value};
+pub use limits::{MAX_LIST, MAX_OPERATORS, MAX_SYMBOLS, MAX_WEIGHT_NAME};
 pub use read::Spanned;
 use read::{Entries, WRONG_TYPE, read};
 
@@ -150,11 +153,13 @@ impl Graph {
             start: 0,
             end: text.len(),
         };
+        limits::check_text(text).map_err(|error| Diagnostics::one(&source, error))?;
         // Whatever is wrong after this is not syntax.
         let syntax = read::<serde::de::IgnoredAny>(&source, all, "ron-syntax");
         syntax.map_err(|error| Diagnostics::one(&source, error))?;
         let file: File =
             read(&source, all, WRONG_TYPE).map_err(|error| Diagnostics::one(&source, error))?;
+        limits::check_file(&file).map_err(|error| Diagnostics::one(&source, error))?;
         let mut errors = Vec::new();
         let mut nodes = |entries: Entries<Spanned<_>>| read_nodes(&source, entries, &mut errors);
         let (before, layer, after) = (
@@ -185,6 +190,7 @@ impl Graph {
             after,
         };
         Diagnostics::check(&source, errors, ())?;
+        limits::check_operators(&graph).map_err(|error| Diagnostics::one(&source, error))?;
         graph.verify()?;
         for section in [&mut graph.before, &mut graph.layers.nodes, &mut graph.after] {
             check::sort(section);

@@ -121,6 +121,15 @@ impl RotaryEmbedding {
             theta,
             scaling: scaling.filter(|scaling| scaling.factor != 1.0),
         };
+        if !rope
+            .inverse_frequencies(head_dim)
+            .iter()
+            .all(|f| f.is_finite())
+        {
+            let message = format!("with theta {theta} a frequency is no finite number");
+            return Err(Diagnostic::new("invalid-value", self.theta.span, message)
+                .help("theta is 10000 or more in most models; check it and `rope_scaling` in config.json"));
+        }
         Ok(Inferred {
             op: TypedOp::Rope(TypedRope {
                 heads,

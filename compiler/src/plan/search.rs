@@ -36,6 +36,15 @@ pub enum PlanError {
         /// How many it has.
         found: usize,
     },
+    /// A layer whose linears could be placed in too many ways.
+    #[error(
+        "{graph}: the linears of a layer can be placed in more than {} ways",
+        MOST_PLACEMENTS
+    )]
+    Placements {
+        /// The graph.
+        graph: String,
+    },
     /// No plan becomes a program; the reason of the cheapest.
     #[error(transparent)]
     Program(#[from] ProgramError),
@@ -47,6 +56,9 @@ const STREAM_WORDS: usize = 8;
 const REPLICATED_BYTES: usize = 64 * 1024;
 /// Columns of wide prefill steps, the widest first.
 const WIDTHS: [usize; 2] = [64, 32];
+/// Placements of all linears of a layer that are enumerated, at most: each is tried on every mesh. The usual decoder has 4;
+/// each linear beside the usual ones multiplies them by up to 4.
+const MOST_PLACEMENTS: usize = 256;
 /// How many of the cheapest plans become programs, at most.
 const TRIES: usize = 2048;
 
@@ -91,7 +103,7 @@ impl Plan {
             machine,
             costs: machine.search,
         };
-        let mut plans = search.plans();
+        let mut plans = search.plans()?;
         plans.sort_by(|a, b| objective(a).total_cmp(&objective(b)));
         let considered = plans.len();
         // What a plan is predicted to take can only grow with what its program's ring costs: once the next plan is not
@@ -169,19 +181,20 @@ struct Frame<'a> {
 }
 
 impl Search<'_> {
-    fn plans(&self) -> Vec<Plan> {
+    fn plans(&self) -> Result<Vec<Plan>, PlanError> {
         let mut plans = Vec::new();
         let decode_columns = self.target.batch.next_power_of_two();
+        let all_placements = self.placements()?;
         for mesh in self.meshes() {
-            for placements in self.placements() {
-                if !self.gives_all_a_part(&mesh, &placements) {
+            for placements in &all_placements {
+                if !self.gives_all_a_part(&mesh, placements) {
                     continue;
                 }
                 let shared = self.attention.heads / self.attention.kv_heads;
                 for heads_per_task in divisors(shared).into_iter().filter(|&h| h <= MOST_HEADS) {
                     let frame = Frame {
                         mesh,
-                        placements: &placements,
+                        placements,
                         heads_per_task,
                     };
                     let decodes = self.steps(&frame, decode_columns, true);
@@ -201,7 +214,7 @@ impl Search<'_> {
                 }
             }
         }
-        plans
+        Ok(plans)
     }
 
     /// Adds the widest prefill steps for which there is room, if all else can stay as it is.
@@ -300,8 +313,8 @@ impl Search<'_> {
     }
 
     /// All placements of the layer's linears that obey the plan's rules.
-    fn placements(&self) -> Vec<Vec<Option<Placement>>> {
-        let mut all = vec![Vec::new()];
+    fn placements(&self) -> Result<Vec<Vec<Option<Placement>>>, PlanError> {
+        let mut all: Vec<Vec<Option<Placement>>> = vec![Vec::new()];
         for (i, node) in self.graph.layer.iter().enumerate() {
             let options: Vec<Option<Placement>> = match &node.op {
                 FusedOp::Attention(_) => vec![None],
@@ -327,25 +340,33 @@ impl Search<'_> {
                         .iter()
                         .map(|option| chosen.iter().copied().chain([*option]).collect())
                 })
+                .filter(|placements: &Vec<_>| self.writers_agree(placements))
                 .collect();
+            if all.len() > MOST_PLACEMENTS {
+                return Err(PlanError::Placements {
+                    graph: self.graph.name.clone(),
+                });
+            }
         }
-        all.retain(|placements| {
-            let mut writers =
-                self.graph
-                    .layer
-                    .iter()
-                    .zip(placements)
-                    .filter_map(|(node, placement)| match &node.op {
-                        FusedOp::Linear(FusedLinear {
-                            epilogue: Epilogue::AddResidual,
-                            ..
-                        }) => *placement,
-                        _ => None,
-                    });
-            let first = writers.next();
-            writers.all(|placement| Some(placement) == first)
-        });
-        all
+        Ok(all)
+    }
+
+    /// Whether the linears placed so far that write the stream share one placement.
+    fn writers_agree(&self, placements: &[Option<Placement>]) -> bool {
+        let mut writers =
+            self.graph
+                .layer
+                .iter()
+                .zip(placements)
+                .filter_map(|(node, placement)| match &node.op {
+                    FusedOp::Linear(FusedLinear {
+                        epilogue: Epilogue::AddResidual,
+                        ..
+                    }) => *placement,
+                    _ => None,
+                });
+        let first = writers.next();
+        writers.all(|placement| Some(placement) == first)
     }
 
     /// Rules 6 and 7 of [`Plan::verify`]: rows of the stream's writers for every worker, and columns where they are split.

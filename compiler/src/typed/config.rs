@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::diagnostics::{Diagnostic, Diagnostics, Source, Span};
+use crate::input::MAX_TEXT;
 
 /// A parsed config.json, or none: then a graph's defaults count.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -39,6 +40,9 @@ impl ModelConfig {
                 .help("this must be the config.json of a Hugging Face checkpoint");
             Err(Diagnostics::one(&source, error))
         };
+        if text.len() > MAX_TEXT {
+            return fail(0, format!("this is larger than {} MiB", MAX_TEXT >> 20));
+        }
         match serde_json::from_str::<Value>(text) {
             Ok(value) if value.is_object() => Ok(Self {
                 parsed: Some((file_name.to_owned(), value)),

@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use config::ModelConfig;
-pub use symbols::{MAX_DIM, MAX_LAYERS, Symbols};
+pub use symbols::{MAX_DIM, MAX_LAYERS, MAX_PARAMETERS, Symbols};
 
 use crate::diagnostics::{Diagnostic, Diagnostics, Source, Span};
 use crate::graph::{Graph, LAYER, Node, Spanned, TOKENS};
@@ -143,6 +143,7 @@ impl TypedGraph {
         }
         let after = infer_section(&graph.after, given, &symbols, &mut weights)?;
         check_vocabulary(&before, &after, &weights.list)?;
+        check_parameters(&weights.list, repeat)?;
         Ok(Self {
             source: Arc::clone(&graph.source),
             name: graph.name.value.clone(),
@@ -251,6 +252,25 @@ fn check_vocabulary(
         .label(format!("this has {rows} rows"))
         .related(table.span, format!("this has {tokens} rows"))
         .help("give both the same number of rows"))
+}
+
+/// Refuses models so large that the sums of later stages would overflow.
+fn check_parameters(weights: &[TypedWeight], layers: usize) -> Result<(), Diagnostic> {
+    let mut total = 0u64;
+    for weight in weights {
+        let copies = if weight.per_layer() { layers } else { 1 };
+        // Two sides of 2^24 at most, in 2^10 layers.
+        total = total.saturating_add(crate::ops::product(&weight.shape) * copies as u64);
+        if total > MAX_PARAMETERS {
+            let message = format!("with this weight the model has {total} parameters");
+            return Err(
+                Diagnostic::new("model-limit", weight.span, message).help(format!(
+                    "a model has at most {MAX_PARAMETERS}; check the sizes in config.json"
+                )),
+            );
+        }
+    }
+    Ok(())
 }
 
 fn infer_section(

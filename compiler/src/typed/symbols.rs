@@ -11,6 +11,9 @@ use crate::graph::{Expr, Graph, Spanned, Symbol, Value};
 
 /// Largest size of one dimension. The product of any two then fits in 2^48, of any three in 2^72: weights have two.
 pub const MAX_DIM: usize = 1 << 24;
+/// Most parameters of a model: a hundred times those of the largest that one GPU holds. Bytes, tiles and operations of all
+/// weights together then stay far below 2^64.
+pub const MAX_PARAMETERS: u64 = 1 << 43;
 /// Most layers.
 pub const MAX_LAYERS: usize = 1024;
 

@@ -319,3 +319,106 @@ fn profiles_that_are_wrong() {
         &["--profile <FILE>", "--arch"],
     );
 }
+
+/// Input from somebody else: one row each, with the graph and the config.json that are given, and words of the error.
+#[test]
+fn input_that_is_hostile() {
+    let replaced = |from: &str, to: &str| {
+        assert!(
+            QWEN3.contains(from),
+            "{from:?} is not in qwen3.ron any more"
+        );
+        QWEN3.replacen(from, to, 1)
+    };
+    let many = |count: usize, entry: &dyn Fn(usize) -> String| -> String {
+        (0..count).map(entry).collect()
+    };
+    let operators = many(300, &|i| format!("\"x{i}\": Silu(input: \"tokens\"),"));
+    let symbols = many(300, &|i| format!("\"x{i}\": (keys: [\"x\"], default: 1),"));
+    let wrong = many(200, &|i| format!("\"x{i}\": Slu(input: \"tokens\"),"));
+    let long = "w".repeat(3000);
+    // Attention's result through twelve linears, each of which could be placed in four ways.
+    let chain = many(12, &|i| {
+        let input = match i {
+            0 => "attention".to_owned(),
+            _ => format!("chain{}", i - 1),
+        };
+        format!(
+            "\"chain{i}\": Linear(input: \"{input}\", weight: \"c{i}.{{layer}}\", out: [\"heads * head_dim\"]),"
+        )
+    });
+    let chained = QWEN3.replacen(
+        "\"o\": Linear(input: \"attention\"",
+        &format!("{chain} \"o\": Linear(input: \"chain11\""),
+        1,
+    );
+    let graphs: [(String, &[&str]); 9] = [
+        (
+            replaced("before: {", &format!("before: {{ {operators}")),
+            &["error[graph-limit]", "operators are too many: at most 256"],
+        ),
+        (
+            replaced("dims: {", &format!("dims: {{ {symbols}")),
+            &["error[graph-limit]", "dims and params are too many"],
+        ),
+        (
+            replaced("before: {", &format!("before: {{ {wrong}")),
+            &["`Slu`", "and 180 more errors in g.ron"],
+        ),
+        (
+            replaced("model.norm.weight", &long),
+            &["error[graph-limit]", "bytes of a weight's name"],
+        ),
+        (
+            replaced("\"gate_silu\": Silu", "\"gate; */ int x\": Silu"),
+            &["error[identifier]", "an id cannot be"],
+        ),
+        (
+            replaced("name: \"qwen3\"", "name: \"../../etc\""),
+            &["error[identifier]", "the graph's name"],
+        ),
+        (
+            replaced("out: [\"ffn\"]", "out: [\"ffn * 18446744073709551615\"]"),
+            &["error[expression]", "is out of range"],
+        ),
+        (
+            replaced("out: [\"ffn\"]", &format!("out: [\"{}\"]", "(".repeat(190))),
+            &["error[expression]"],
+        ),
+        (chained, &["error[layer-size]", "more than 256 ways"]),
+    ];
+    for (graph, words) in &graphs {
+        check_error(&[("g.ron", graph.as_bytes())], &["g.ron"], 1, words);
+    }
+    let large = [
+        ("num_hidden_layers", "1024"),
+        ("hidden_size", "1048576"),
+        ("intermediate_size", "16777216"),
+    ];
+    let configs: [(String, &[&str]); 5] = [
+        (
+            config(&large),
+            &["error[model-limit]", "check the sizes in config.json"],
+        ),
+        (
+            config(&[("rope_theta", "1e-300")]),
+            &["error[invalid-value]", "no finite number"],
+        ),
+        (
+            config(&[("rms_norm_eps", "1e300")]),
+            &["error[invalid-value]", "eps is inf"],
+        ),
+        (
+            "{\"a\":".repeat(100_000),
+            &["config.json", "not valid JSON", "recursion limit"],
+        ),
+        (
+            " ".repeat((4 << 20) + 1),
+            &["config.json cannot be read: it is larger than 4 MiB"],
+        ),
+    ];
+    for (config, words) in &configs {
+        let files: &[(&str, &[u8])] = &[("m/config.json", config.as_bytes())];
+        check_error(files, &["qwen3.ron", "--model", "m"], 1, words);
+    }
+}

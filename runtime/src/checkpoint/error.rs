@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use mirage_compiler::input::InputError;
+
 /// Why a checkpoint could not be opened or read.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -20,6 +22,32 @@ pub enum CheckpointError {
         file: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// A pipe, a device or a folder: reading it could take for ever.
+    #[error("{}: not a regular file; put the file itself there, as it was downloaded", file.display())]
+    NotAFile {
+        /// What it is called.
+        file: PathBuf,
+    },
+    /// Larger than such a file can be.
+    #[error("{}: larger than {} MiB, which no such file is; download it again", file.display(), limit >> 20)]
+    TooLarge {
+        /// The file.
+        file: PathBuf,
+        /// Bytes it may have.
+        limit: usize,
+    },
+    /// A symbolic link leads out of the checkpoint.
+    #[error(
+        "{}: a link to {}, outside of the model's folder; put the file itself there (in a Hugging Face cache, links into its blobs are followed)",
+        file.display(),
+        target.display()
+    )]
+    LinkOutside {
+        /// The link.
+        file: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
     },
     /// There is no `config.json`.
     #[error("{}: the folder has no config.json; copy it from where the weights came from", dir.display())]
@@ -105,6 +133,16 @@ pub enum CheckpointError {
     EmptyIndex {
         /// The index.
         index: PathBuf,
+    },
+    /// The index names more files than any checkpoint has.
+    #[error("{}: weight_map names {found} files, at most {limit} are opened; download the index again", index.display())]
+    TooManyShards {
+        /// The index.
+        index: PathBuf,
+        /// Files it names.
+        found: usize,
+        /// Files that are opened.
+        limit: usize,
     },
     /// The index points outside the checkpoint's folder.
     #[error(
@@ -206,6 +244,18 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    pub(super) fn input(file: &Path, error: InputError) -> CheckpointError {
+        let file = file.to_path_buf();
+        match error {
+            InputError::Io(source) => CheckpointError::Io { file, source },
+            InputError::TooLarge { limit } => CheckpointError::TooLarge { file, limit },
+            InputError::NotText { .. } => CheckpointError::Io {
+                file,
+                source: io::Error::new(io::ErrorKind::InvalidData, error),
+            },
+        }
+    }
+
     pub(super) fn io(file: &Path, source: io::Error) -> CheckpointError {
         CheckpointError::Io {
             file: file.to_path_buf(),
@@ -221,10 +271,16 @@ pub struct DidYouMean(Option<String>);
 impl DidYouMean {
     /// Picks the name closest to `wanted`; the first in order of iteration where several are equally close.
     pub(super) fn among<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> DidYouMean {
+        /// Longest name that is compared, in bytes: the comparison takes the product of both lengths, and a header can hold
+        /// names of any length.
+        const LONGEST: usize = 256;
+        if wanted.len() > LONGEST {
+            return DidYouMean(None);
+        }
         // Below this, the names share little more than `model.layers.` and the hint would mislead.
         const SIMILAR_ENOUGH: f64 = 0.7;
         let mut best: Option<(f64, &str)> = None;
-        for name in names {
+        for name in names.filter(|name| name.len() <= LONGEST) {
             let similarity = strsim::normalized_damerau_levenshtein(wanted, name);
             if similarity >= SIMILAR_ENOUGH && best.is_none_or(|(score, _)| similarity > score) {
                 best = Some((similarity, name));

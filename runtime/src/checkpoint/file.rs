@@ -5,7 +5,6 @@
 //! this file turns its terse errors into ones that say what to do.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +13,7 @@ use safetensors::tensor::{Metadata, SafeTensorError};
 use safetensors::{Dtype, SafeTensors};
 
 use super::error::CheckpointError;
+use super::folder;
 
 /// Bytes before the header: its length.
 const LENGTH_BYTES: usize = 8;
@@ -47,8 +47,7 @@ impl TensorFile {
         dir: &Path,
         name: &str,
     ) -> Result<(TensorFile, BTreeMap<String, TensorRecord>), CheckpointError> {
-        let path = dir.join(name);
-        let file = File::open(&path).map_err(|e| CheckpointError::io(&path, e))?;
+        let (path, file) = folder::open(dir, name)?;
         let length = file
             .metadata()
             .map_err(|e| CheckpointError::io(&path, e))?
@@ -64,6 +63,7 @@ impl TensorFile {
         // SAFETY: the mapping is read-only and private to us; that nobody shortens or rewrites the file meanwhile is
         // the documented condition of `Checkpoint`.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| CheckpointError::io(&path, e))?;
+        check_end(&path, &map)?;
         let (header, metadata) =
             SafeTensors::read_metadata(&map).map_err(|e| explain(&path, &map, e))?;
         let records = metadata
@@ -114,6 +114,19 @@ impl TensorFile {
     /// The bytes of a tensor of this file.
     pub(super) fn bytes(&self, record: &TensorRecord) -> &[u8] {
         &self.map[self.data..][record.range.clone()]
+    }
+}
+
+/// Refuses a header whose tensors end beyond all addresses: the parser adds to their end unchecked.
+fn check_end(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
+    match metadata_of(bytes) {
+        Some((_, metadata)) if metadata.data_len() > isize::MAX as usize => {
+            Err(CheckpointError::Header {
+                file: path.to_path_buf(),
+                reason: format!("its tensors end at byte {}", metadata.data_len()),
+            })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -169,8 +182,15 @@ fn header_length(bytes: &[u8]) -> u64 {
 
 /// Bytes the whole file should have by its header, if that parses.
 fn expected_length(bytes: &[u8]) -> Option<u64> {
+    let (end, metadata) = metadata_of(bytes)?;
+    end.checked_add(metadata.data_len())
+        .map(|length| length as u64)
+}
+
+/// Where the header ends, and what it says; `None` where it does not parse.
+fn metadata_of(bytes: &[u8]) -> Option<(usize, Metadata)> {
     let header = usize::try_from(header_length(bytes)).ok()?;
     let end = LENGTH_BYTES.checked_add(header)?;
-    let metadata: Metadata = serde_json::from_slice(bytes.get(LENGTH_BYTES..end)?).ok()?;
-    Some((end + metadata.data_len()) as u64)
+    let metadata = serde_json::from_slice(bytes.get(LENGTH_BYTES..end)?).ok()?;
+    Some((end, metadata))
 }

@@ -1,11 +1,13 @@
 //! The tokens that end a generation, as the checkpoint names them.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+
+use mirage_compiler::input::MAX_TEXT;
+
+use crate::checkpoint::{CheckpointError, folder};
 
 const FILE: &str = "generation_config.json";
 const KEY: &str = "eos_token_id";
@@ -13,14 +15,9 @@ const KEY: &str = "eos_token_id";
 /// Why the stop tokens could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum StopTokensError {
-    /// The operating system refused.
-    #[error("{}: cannot be read ({source}); check that it is a file and its permissions", file.display())]
-    Io {
-        /// The file.
-        file: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    /// The file cannot be read.
+    #[error(transparent)]
+    File(#[from] CheckpointError),
     /// The file is no JSON object.
     #[error("{}: not the JSON it should be ({source}); mend the file or download it again", file.display())]
     Json {
@@ -37,8 +34,8 @@ pub enum StopTokensError {
     Value {
         /// The file.
         file: PathBuf,
-        /// The value found.
-        found: Value,
+        /// The value found, or its beginning.
+        found: String,
     },
 }
 
@@ -62,19 +59,15 @@ pub fn stop_tokens(
 ) -> Result<Vec<u32>, StopTokensError> {
     let dir = dir.as_ref();
     let file = dir.join(FILE);
-    match fs::read(&file) {
-        Ok(text) => {
-            let generation: Map<String, Value> =
-                serde_json::from_slice(&text).map_err(|source| StopTokensError::Json {
-                    file: file.clone(),
-                    source,
-                })?;
-            if let Some(tokens) = token_ids(&file, &generation)? {
-                return Ok(tokens);
-            }
+    if let Some(text) = folder::read(dir, FILE, MAX_TEXT)? {
+        let generation: Map<String, Value> =
+            serde_json::from_slice(&text).map_err(|source| StopTokensError::Json {
+                file: file.clone(),
+                source,
+            })?;
+        if let Some(tokens) = token_ids(&file, &generation)? {
+            return Ok(tokens);
         }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(source) => return Err(StopTokensError::Io { file, source }),
     }
     Ok(token_ids(&dir.join("config.json"), config)?.unwrap_or_default())
 }
@@ -91,11 +84,20 @@ fn token_ids(file: &Path, map: &Map<String, Value>) -> Result<Option<Vec<u32>>, 
         Err(_) => {
             return Err(StopTokensError::Value {
                 file: file.to_path_buf(),
-                found: value.clone(),
+                found: shorten(value),
             });
         }
     };
     tokens.sort_unstable();
     tokens.dedup();
     Ok(Some(tokens))
+}
+
+/// JSON for an error message.
+fn shorten(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }

@@ -4,27 +4,25 @@
 //! and the new manifest comes last.
 
 use std::fmt::Write as _;
-use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::fs;
+use std::io;
 use std::path::Path;
 
 use mirage_compiler::arch::GpuModel;
 use mirage_compiler::artifact::{Artifact, CUBIN_FILE, MANIFEST_FILE, SOURCE_FILE};
 use mirage_compiler::driver::{Compilation, CompileError};
+use mirage_compiler::input::{MAX_TEXT, read_text};
 use mirage_compiler::profile::Profile;
 use mirage_compiler::typed::ModelConfig;
 
 use crate::Failure;
-
-/// Largest graph, profile or config.json that is read, in bytes: what is larger is something else.
-const LARGEST: u64 = 4 << 20;
 
 /// Names of the stages' dumps, in the order of the stages.
 pub(crate) const DUMPS: [&str; 5] = ["graph", "typed", "fused", "plan", "program"];
 
 /// The graph's text.
 pub(crate) fn read_graph(path: &Path) -> Result<String, Failure> {
-    read(path).map_err(|reason| {
+    read_text(path, MAX_TEXT).map_err(|reason| {
         let mut message = format!("the graph {} cannot be read: {reason}", path.display());
         let others = graphs_beside(path);
         if !others.is_empty() {
@@ -41,7 +39,7 @@ pub(crate) fn read_config(model: Option<&Path>) -> Result<ModelConfig, Failure> 
         return Ok(ModelConfig::none());
     };
     let path = folder.join("config.json");
-    let text = read(&path).map_err(|reason| {
+    let text = read_text(&path, MAX_TEXT).map_err(|reason| {
         Failure::Files(format!(
             "{} cannot be read: {reason}; --model takes a checkpoint's folder in the Hugging Face layout",
             path.display()
@@ -52,7 +50,7 @@ pub(crate) fn read_config(model: Option<&Path>) -> Result<ModelConfig, Failure> 
 
 /// The GPU that a profile is of.
 pub(crate) fn read_profile(path: &Path) -> Result<GpuModel, Failure> {
-    let text = read(path).map_err(|reason| {
+    let text = read_text(path, MAX_TEXT).map_err(|reason| {
         Failure::Files(format!(
             "{} cannot be read: {reason}; --profile takes a file that mirage-calibrate wrote",
             path.display()
@@ -61,23 +59,6 @@ pub(crate) fn read_profile(path: &Path) -> Result<GpuModel, Failure> {
     Profile::parse(&text, &path.to_string_lossy())
         .and_then(|profile| profile.gpu_model())
         .map_err(|error| Failure::Files(error.to_string()))
-}
-
-/// A whole text file, or why not.
-fn read(path: &Path) -> Result<String, String> {
-    let mut bytes = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(LARGEST + 1).read_to_end(&mut bytes))
-        .map_err(|error| error.to_string())?;
-    if bytes.len() as u64 > LARGEST {
-        return Err(format!("it is larger than {} MiB", LARGEST >> 20));
-    }
-    String::from_utf8(bytes).map_err(|error| {
-        format!(
-            "it is not UTF-8 text (byte {} is not)",
-            error.utf8_error().valid_up_to()
-        )
-    })
 }
 
 /// The graph files of the folder that a mistyped path names, sorted.

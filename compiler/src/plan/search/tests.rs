@@ -35,7 +35,7 @@ fn plans(graph: &FusedGraph, batch: usize) -> Vec<Plan> {
         machine,
         costs: machine.search,
     };
-    let mut plans = search.plans();
+    let mut plans = search.plans().unwrap();
     plans.sort_by(|a, b| a.decode.cost.total.total_cmp(&b.decode.cost.total));
     plans
 }
