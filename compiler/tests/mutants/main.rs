@@ -5,7 +5,7 @@
 //! apply. It must not make what is merely different: another page size that fits, a phase that collects once more.
 //!
 //! What a program does not say cannot be found wrong in it: [`model`] has the kinds that leave a sound program of another
-//! model. Only a comparison with the reference shows these; `runtime/tests/random_graphs.rs` does that.
+//! model. Only a comparison with the reference shows these.
 
 mod memory;
 mod model;
