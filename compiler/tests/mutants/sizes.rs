@@ -1,7 +1,7 @@
 //! Counts: columns, sequences, heads, layers, CTAs.
 
 use mirage_compiler::mesh::Mesh;
-use mirage_compiler::plan::Transport;
+use mirage_compiler::plan::{StreamForm, Transport};
 use mirage_compiler::program::Program;
 use mirage_testing::Random;
 
@@ -61,9 +61,14 @@ fn columns_beyond(subject: &Subject, _: &mut Random) -> Option<Program> {
     })
 }
 
-/// In all steps, the plan included.
+/// In all steps, the plan included. Behind the heads lies what a scattered stream gathers: nothing is there to be
+/// overwritten where none is scattered.
 fn splits_beyond(subject: &Subject, random: &mut Random) -> Option<Program> {
     let times = 2 + random.below(3);
+    let mut steps_of = subject.program.steps();
+    if !steps_of.any(|(_, step)| step.stream == StreamForm::Scattered) {
+        return None;
+    }
     with(subject, |mutant| {
         for step in steps(mutant) {
             step.kv_splits *= times;
