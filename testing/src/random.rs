@@ -17,6 +17,21 @@ impl Random {
         x ^ (x >> 31)
     }
 
+    /// A number below `count`, which is not zero.
+    pub fn below(&mut self, count: usize) -> usize {
+        (self.bits() % count as u64) as usize
+    }
+
+    /// One of these; `None` where there are none.
+    pub fn choose<'a, T>(&mut self, of: &'a [T]) -> Option<&'a T> {
+        (!of.is_empty()).then(|| &of[self.below(of.len())])
+    }
+
+    /// True in so many cases of a hundred.
+    pub fn in_hundred(&mut self, cases: usize) -> bool {
+        self.below(100) < cases
+    }
+
     /// A number from -1 to 1.
     pub(crate) fn number(&mut self) -> f32 {
         (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
@@ -24,9 +39,7 @@ impl Random {
 
     /// So many tokens of a vocabulary.
     pub fn tokens(&mut self, count: usize, vocab: usize) -> Vec<u32> {
-        (0..count)
-            .map(|_| (self.bits() % vocab as u64) as u32)
-            .collect()
+        (0..count).map(|_| self.below(vocab) as u32).collect()
     }
 }
 

@@ -6,21 +6,23 @@
 //!
 //! Rules, each a [`Rule`]:
 //! 1. Mesh: there are workers, no more than CTAs; the program and its plan agree on mesh, placements and steps.
-//! 2. Tiles: the packed rows are the checkpoint's rows, each once; every tile of a layer and of the head is streamed to
+//! 2. Weights: every place names a tensor of the checkpoint, of each layer or not, of the shape that it takes; every tensor
+//!    has a place.
+//! 3. Tiles: the packed rows are the checkpoint's rows, each once; every tile of a layer and of the head is streamed to
 //!    exactly one CTA; linears that write the residual stream share one division of its elements.
-//! 3. Pages: passes and pages divide a slice as the device code assumes; a flag is `exact` only where nothing is left over.
-//! 4. Ring: it holds every page, more are never in flight than it has, and phases multiply in the order of the stream.
-//! 5. Words: buffers of the exchange area are disjoint and large enough for both kinds of step.
-//! 6. Shared: regions of shared memory are disjoint, aligned, and large enough for what every phase keeps there.
-//! 7. Norms: every gamma lies in the array of norms where its reader looks for it.
-//! 8. Steps: columns are powers of two up to 64, of steps that exchange words up to 16, enough for all sequences, and a prefill step has no fewer than a decode
+//! 4. Pages: passes and pages divide a slice as the device code assumes; a flag is `exact` only where nothing is left over.
+//! 5. Ring: it holds every page, more are never in flight than it has, and phases multiply in the order of the stream.
+//! 6. Words: buffers of the exchange area are disjoint and large enough for both kinds of step.
+//! 7. Shared: regions of shared memory are disjoint, aligned, and large enough for what every phase keeps there.
+//! 8. Norms: every gamma lies in the array of norms where its reader looks for it.
+//! 9. Steps: columns are powers of two up to 64, of steps that exchange words up to 16, enough for all sequences, and a prefill step has no fewer than a decode
 //!    step; attention's tasks divide the heads.
-//! 9. Views: an exchange sums where columns were split and nowhere else, over all partial sums of the same elements; a
+//! 10. Views: an exchange sums where columns were split and nowhere else, over all partial sums of the same elements; a
 //!    linear is read in one way only.
-//! 10. Inputs: a linear multiplies what was prepared for it, and what was prepared holds its slice of the columns.
-//! 11. Outputs: every output is read; what is added to the residual stream is added once.
-//! 12. Waits: every word that is waited for is published earlier in the same order of phases, with that epoch; epochs grow.
-//! 13. Reuse: no word is overwritten before its last reader has it. Shown by vector clocks over two layers of steps of
+//! 11. Inputs: a linear multiplies what was prepared for it, and what was prepared holds its slice of the columns.
+//! 12. Outputs: every output is read; what is added to the residual stream is added once.
+//! 13. Waits: every word that is waited for is published earlier in the same order of phases, with that epoch; epochs grow.
+//! 14. Reuse: no word is overwritten before its last reader has it. Shown by vector clocks over two layers of steps of
 //!     both kinds and the steps' boundaries, idle CTAs included.
 
 mod memory;
@@ -31,6 +33,7 @@ mod rows;
 mod tests;
 mod tiles;
 mod views;
+mod weights;
 
 use std::fmt;
 
@@ -42,6 +45,8 @@ use crate::arch::GpuModel;
 pub enum Rule {
     /// Mesh and plan.
     Mesh,
+    /// Tensors of the checkpoint.
+    Weights,
     /// Every weight once.
     Tiles,
     /// Passes and pages.
@@ -113,6 +118,7 @@ impl Program {
     /// The first rule that is broken, in the order of the list in this file.
     pub fn verify(&self) -> Result<(), Violation> {
         self.verify_mesh()?;
+        weights::check(self)?;
         tiles::check(self)?;
         memory::check_norms(self)?;
         phases::check(self)?;

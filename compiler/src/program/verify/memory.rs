@@ -334,6 +334,18 @@ fn shared_needs(program: &Program, steps: &[&Step], ring: &Ring) -> Vec<(&'stati
         .map(|linear| columns * row(linear.width()));
     let heads = columns * row(a.width());
     let head = columns * row(program.head.width());
+    // attention.cuh: behind the operand into which replicated columns' heads go, a task's q, k and v are gathered.
+    let replicated = steps
+        .iter()
+        .filter(|step| step.replicate_below > 0)
+        .flat_map(|step| step.layer.iter().map(move |phase| (*step, phase)))
+        .filter_map(|(step, phase)| match phase {
+            Phase::Attention { next, .. } => {
+                let heads = step.columns * row(program.linears.get(*next)?.width());
+                Some(heads + (a.heads_per_task + 2) * a.head_dim * 2)
+            }
+            _ => None,
+        });
     // residual.cuh, Replicated: six f32 of every unit of a thread, threads innermost.
     let stream = steps.iter().filter_map(|step| {
         let exchange = step.layer.iter().find_map(|phase| match phase {
@@ -366,7 +378,11 @@ fn shared_needs(program: &Program, steps: &[&Step], ring: &Ring) -> Vec<(&'stati
         ),
         (
             "Activation",
-            operands.chain([heads, head, sampling]).max().unwrap_or(0),
+            operands
+                .chain(replicated)
+                .chain([heads, head, sampling])
+                .max()
+                .unwrap_or(0),
         ),
     ];
     needs.extend(stream);

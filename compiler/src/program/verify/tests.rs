@@ -501,7 +501,7 @@ fn mutant_norms() {
         },
         Rule::Norms,
     );
-    check(|program| program.head.norm = None, Rule::Inputs);
+    check(|program| program.head.norm = None, Rule::Weights);
 }
 
 #[test]
