@@ -17,6 +17,8 @@ mod attention;
 mod cta;
 mod exchange;
 mod linear;
+mod lockstep;
+mod memory;
 mod residual;
 mod run;
 mod step;
@@ -24,7 +26,7 @@ mod step;
 mod tests;
 
 use mirage_compiler::mesh::Mesh;
-use mirage_compiler::program::{Program, step_epochs};
+use mirage_compiler::program::{Program, TILE, step_epochs};
 
 use crate::checkpoint::Checkpoint;
 use crate::generate::{
@@ -76,12 +78,11 @@ impl From<CpuError> for GenerateError {
     }
 }
 
-/// What all CTAs see and none changes but through the exchange area.
+/// What all CTAs see and none changes.
 struct Shared {
     program: Program,
     mesh: Mesh,
     weights: HostWeights,
-    area: ExchangeArea,
     /// Elements of a column of the widest activation.
     stride: usize,
 }
@@ -89,6 +90,7 @@ struct Shared {
 /// A program with its weights, ready to run on the CPU.
 pub struct CpuModel {
     shared: Shared,
+    area: ExchangeArea,
     cache: KvCache,
     ctas: Vec<Cta>,
     /// No word carries an epoch above it.
@@ -145,12 +147,12 @@ impl CpuModel {
             .map(|cta| Cta::new(&program, cta, stride))
             .collect();
         Ok(CpuModel {
+            area: ExchangeArea::new(program.exchange.words),
             cache: KvCache::new(&program),
             ctas,
             epoch: 0,
             shared: Shared {
                 mesh: program.mesh,
-                area: ExchangeArea::new(program.exchange.words),
                 program,
                 weights,
                 stride,
@@ -176,7 +178,7 @@ impl CpuModel {
     fn next_step(&mut self) -> u32 {
         let taken = u32::try_from(step_epochs(self.shared.program.layers)).unwrap_or(u32::MAX);
         if self.epoch.checked_add(taken).is_none() {
-            self.shared.area.clear();
+            self.area.clear();
             self.epoch = 0;
         }
         let epoch = self.epoch;

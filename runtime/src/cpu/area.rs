@@ -48,6 +48,9 @@ pub enum PhaseFault {
         /// Bytes wanted.
         wanted: usize,
     },
+    /// A phase waits although all CTAs have done the one before.
+    #[error("the phase waits for what no phase before it has written")]
+    Waits,
     /// A phase of a replicated residual stream in a step that scatters it, or the other way round.
     #[error("the phase does not fit the form in which the step keeps the residual stream")]
     Form,
@@ -100,17 +103,6 @@ impl ExchangeArea {
         Ok(())
     }
 
-    /// Writes six values, rounded to bf16.
-    pub(super) fn publish_values(
-        &self,
-        at: usize,
-        values: &Values,
-        epoch: u32,
-    ) -> Result<(), PhaseFault> {
-        let pair = |i: usize| u32::from(bits(values[i + 1])) << 16 | u32::from(bits(values[i]));
-        self.publish(at, [pair(0), pair(2), pair(4)], epoch)
-    }
-
     /// The payload of a word that was written in this epoch.
     pub(super) fn take(&self, at: usize, epoch: u32) -> Result<[u32; 3], PhaseFault> {
         let word = self.word(at)?;
@@ -126,14 +118,19 @@ impl ExchangeArea {
         let low = word.low.load(Ordering::Relaxed);
         Ok([low as u32, (low >> 32) as u32, high as u32])
     }
+}
 
-    /// The six values of a word that was written in this epoch.
-    pub(super) fn take_values(&self, at: usize, epoch: u32) -> Result<Values, PhaseFault> {
-        let [a, b, c] = self.take(at, epoch)?;
-        let low = |pair: u32| f32::from_bits(pair << 16);
-        let high = |pair: u32| f32::from_bits(pair & 0xffff_0000);
-        Ok([low(a), high(a), low(b), high(b), low(c), high(c)])
-    }
+/// Six values, rounded to bf16, as a word's payload.
+pub(super) fn pack(values: &Values) -> [u32; 3] {
+    let pair = |i: usize| u32::from(bits(values[i + 1])) << 16 | u32::from(bits(values[i]));
+    [pair(0), pair(2), pair(4)]
+}
+
+/// The six values of a payload.
+pub(super) fn unpack([a, b, c]: [u32; 3]) -> Values {
+    let low = |pair: u32| f32::from_bits(pair << 16);
+    let high = |pair: u32| f32::from_bits(pair & 0xffff_0000);
+    [low(a), high(a), low(b), high(b), low(c), high(c)]
 }
 
 /// Rounds to bf16, to nearest even.
