@@ -21,6 +21,8 @@ mod lockstep;
 mod memory;
 mod residual;
 mod run;
+mod sequences;
+pub mod simulator;
 mod step;
 #[cfg(test)]
 mod tests;
@@ -210,7 +212,7 @@ impl Executor for CpuModel {
         on_event: &mut dyn FnMut(Event),
     ) -> Result<(), GenerateError> {
         self.limits().check(batch)?;
-        self.run_requests(batch, cancel, on_event)
+        self.run_requests(batch, cancel, on_event, None)
     }
 
     fn score(&mut self, sequences: &[Vec<u32>]) -> Result<Vec<Logits>, GenerateError> {

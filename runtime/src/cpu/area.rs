@@ -24,6 +24,44 @@ pub enum PhaseFault {
         /// The epoch of the phase.
         expected: u32,
     },
+    /// A word that is waited for has already been written for a later epoch.
+    #[error(
+        "word {word} is overwritten too early: it is awaited in epoch {expected}, but already carries epoch {found}"
+    )]
+    Overwritten {
+        /// Index in the exchange area.
+        word: usize,
+        /// The epoch it carries.
+        found: u32,
+        /// The epoch of the phase.
+        expected: u32,
+    },
+    /// Two writers of one word whose writes arrive in the wrong order.
+    #[error("a write of epoch {epoch} falls on word {word}, which already carries epoch {found}")]
+    Backwards {
+        /// Index in the exchange area.
+        word: usize,
+        /// The epoch it carries.
+        found: u32,
+        /// The epoch of the write.
+        epoch: u32,
+    },
+    /// A row of the KV cache is read before it is there.
+    #[error("the row at element {at} of the KV cache is read before its writer's write is there")]
+    Row {
+        /// First element.
+        at: usize,
+    },
+    /// Logits are read before they are there, or after they have been overwritten.
+    #[error("the logits of CTA {cta} are read in epoch {expected} but are of epoch {found}")]
+    Logits {
+        /// Whose they are.
+        cta: usize,
+        /// Their epoch.
+        found: u32,
+        /// The epoch in which they are read.
+        expected: u32,
+    },
     /// Two writers of one word in one epoch.
     #[error("word {word} is written twice in epoch {epoch}")]
     Twice {
@@ -54,6 +92,24 @@ pub enum PhaseFault {
     /// A phase of a replicated residual stream in a step that scatters it, or the other way round.
     #[error("the phase does not fit the form in which the step keeps the residual stream")]
     Form,
+}
+
+impl PhaseFault {
+    /// The word it is about, if it is about one.
+    pub(super) fn word(&self) -> Option<usize> {
+        match self {
+            PhaseFault::Stale { word, .. }
+            | PhaseFault::Overwritten { word, .. }
+            | PhaseFault::Backwards { word, .. }
+            | PhaseFault::Twice { word, .. } => Some(*word),
+            PhaseFault::Row { .. }
+            | PhaseFault::Logits { .. }
+            | PhaseFault::Outside { .. }
+            | PhaseFault::Stream { .. }
+            | PhaseFault::Waits
+            | PhaseFault::Form => None,
+        }
+    }
 }
 
 /// Payload in the lower 96 bits, epoch in the upper 32. Phases are separated by joins, so relaxed halves cannot tear.

@@ -141,13 +141,7 @@ impl<'a> Run<'a> {
 
     /// A piece in words.
     pub(super) fn describe(&self, piece: Piece) -> String {
-        let what = match piece {
-            Piece::Embedding => "embedding".to_owned(),
-            Piece::Phase { index, .. } => self.shared.program.describe(&self.step.layer[index]),
-            Piece::HandOver => "hand-over of the stream".to_owned(),
-            Piece::Head => "head".to_owned(),
-        };
-        format!("{}, {what}", self.kind.name())
+        describe(&self.shared.program, self.kind, self.columns.len(), piece)
     }
 
     /// The layer of a piece; the number of layers for the head.
@@ -208,6 +202,17 @@ impl<'a> Run<'a> {
             }
         }
     }
+}
+
+/// A piece of a step of so many columns in words.
+pub(super) fn describe(program: &Program, kind: Kind, columns: usize, piece: Piece) -> String {
+    let what = match piece {
+        Piece::Embedding => "embedding".to_owned(),
+        Piece::Phase { index, .. } => program.describe(&kind.step(program, columns).layer[index]),
+        Piece::HandOver => "hand-over of the stream".to_owned(),
+        Piece::Head => "head".to_owned(),
+    };
+    format!("{}, {what}", kind.name())
 }
 
 async fn run_phase(cta: &mut Cta, now: &Now<'_>, phase: &Phase) -> Result<(), PhaseFault> {
