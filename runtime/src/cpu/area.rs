@@ -62,6 +62,12 @@ pub enum PhaseFault {
         /// The epoch in which they are read.
         expected: u32,
     },
+    /// What was chosen is no token.
+    #[error("token {token} was chosen, which the vocabulary does not have")]
+    Token {
+        /// The token.
+        token: u32,
+    },
     /// Two writers of one word in one epoch.
     #[error("word {word} is written twice in epoch {epoch}")]
     Twice {
@@ -103,6 +109,7 @@ impl PhaseFault {
             | PhaseFault::Backwards { word, .. }
             | PhaseFault::Twice { word, .. } => Some(*word),
             PhaseFault::Row { .. }
+            | PhaseFault::Token { .. }
             | PhaseFault::Logits { .. }
             | PhaseFault::Outside { .. }
             | PhaseFault::Stream { .. }

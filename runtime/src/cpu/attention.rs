@@ -72,8 +72,7 @@ fn kv_head_of(attention: &Attention, block: usize) -> usize {
 
 /// Parts of a column's positions that are not empty.
 fn active_splits(now: &Now<'_>, column: usize) -> usize {
-    now.kv_splits
-        .min(now.columns[column].position / STRIPE + 1)
+    now.kv_splits.min(now.columns[column].position / STRIPE + 1)
 }
 
 /// Where the words of one head of a task begin.

@@ -22,7 +22,7 @@ use std::task::{Context, Poll, Waker};
 
 use mirage_compiler::program::Program;
 
-use self::generation::{Made, Place, Task, Walk};
+use self::generation::{Made, Place, Protocol, Task, Walk};
 use self::schedule::{Chooser, Random};
 use self::world::World;
 use super::area::PhaseFault;
@@ -144,6 +144,7 @@ fn join(stuck: &[Stuck]) -> String {
 /// A program with its weights, ready to be simulated.
 pub struct Simulator {
     model: CpuModel,
+    protocol: Protocol,
 }
 
 type Running<'a> = Pin<Box<dyn Future<Output = Result<Made, PhaseFault>> + 'a>>;
@@ -154,8 +155,10 @@ impl Simulator {
     /// # Errors
     /// Tensors that are missing or misshapen.
     pub fn load(program: Program, checkpoint: &Checkpoint) -> Result<Simulator, LoadError> {
-        let model = CpuModel::load(program, checkpoint)?;
-        Ok(Simulator { model })
+        Ok(Simulator {
+            model: CpuModel::load(program, checkpoint)?,
+            protocol: Protocol::default(),
+        })
     }
 
     /// What the CPU executor makes of a batch.
@@ -219,6 +222,7 @@ impl Simulator {
         let prefill = prefill_steps(&prompts, Widths::of(program));
         let task = Task {
             shared,
+            protocol: self.protocol,
             prefill: prefill
                 .iter()
                 .map(|step| step.iter().map(column_of).collect())
@@ -230,13 +234,16 @@ impl Simulator {
         let mut chooser = Chooser::new(schedule.order, &program.mesh, &mut random);
         let world = World::new(program, random);
         let places = RefCell::new(vec![(0, Place::Barrier); ctas]);
-        let enter = |cta: usize, step: usize, place: Place| places.borrow_mut()[cta] = (step, place);
+        let enter =
+            |cta: usize, step: usize, place: Place| places.borrow_mut()[cta] = (step, place);
         let at = |cta: usize| self.describe(places.borrow()[cta]);
         let fault = |cta: usize, fault: PhaseFault| Failure::Fault {
             schedule,
             cta,
             at: at(cta),
-            buffer: fault.word().map_or(String::new(), |word| buffer_of(program, word)),
+            buffer: fault
+                .word()
+                .map_or(String::new(), |word| buffer_of(program, word)),
             fault,
         };
         let mut running: Vec<Option<Running<'_>>> = (0..ctas)
@@ -249,16 +256,20 @@ impl Simulator {
         let mut since = vec![0; ctas];
         let mut turns = 0;
         loop {
-            let writers = world.writers();
+            let mut writers = world.writers(false);
+            let held = writers.is_empty() && able.is_empty();
+            if held {
+                writers = world.writers(true);
+            }
             let deliver = if writers.is_empty() {
                 0
             } else {
                 world.random(|random| match schedule.delivery {
                     Delivery::Prompt => 1 << 20,
-                    Delivery::Random if able.is_empty() || random.once_in(2) => {
+                    Delivery::Random if chooser.holds_back(&able) || random.once_in(2) => {
                         1 + random.below(64)
                     }
-                    Delivery::Late if able.is_empty() => 1 + random.below(4),
+                    Delivery::Late if chooser.holds_back(&able) => 1 + random.below(4),
                     Delivery::Random | Delivery::Late => 0,
                 })
             };
@@ -272,11 +283,11 @@ impl Simulator {
                 });
                 if let Some(writer) = writer {
                     let before = able.len();
-                    let delivered = world.deliver(writer, deliver, &mut able);
+                    let delivered = world.deliver(writer, held, deliver, &mut able);
                     delivered.map_err(|found| fault(writer, found))?;
                     able[before..].iter().for_each(|&cta| since[cta] = turns);
                 }
-                if schedule.delivery != Delivery::Prompt || able.is_empty() {
+                if schedule.delivery != Delivery::Prompt || chooser.holds_back(&able) {
                     continue;
                 }
             }
@@ -294,7 +305,10 @@ impl Simulator {
             let Some(future) = &mut running[cta] else {
                 continue;
             };
-            match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            match future
+                .as_mut()
+                .poll(&mut Context::from_waker(Waker::noop()))
+            {
                 Poll::Ready(done) => {
                     made[cta] = done.map_err(|found| fault(cta, found))?;
                     running[cta] = None;
@@ -391,7 +405,9 @@ fn buffer_of(program: &Program, word: usize) -> String {
         }
     }
     let before = buffers.into_iter().filter(|(at, _)| *at <= word);
-    before.max_by_key(|(at, _)| *at).map_or(String::new(), |(at, name)| {
-        format!("word {} of the {name}", word - at)
-    })
+    before
+        .max_by_key(|(at, _)| *at)
+        .map_or(String::new(), |(at, name)| {
+            format!("word {} of the {name}", word - at)
+        })
 }

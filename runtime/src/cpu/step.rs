@@ -118,7 +118,11 @@ impl<'a> Run<'a> {
         let layers = (0..self.shared.program.layers)
             .flat_map(move |layer| (0..phases).map(move |index| Piece::Phase { layer, index }));
         let end = [Piece::HandOver, Piece::Head];
-        let end = if self.kind.makes_logits() { &end[..] } else { &[] };
+        let end = if self.kind.makes_logits() {
+            &end[..]
+        } else {
+            &[]
+        };
         [Piece::Embedding]
             .into_iter()
             .chain(layers)
@@ -131,9 +135,7 @@ impl<'a> Run<'a> {
         match piece {
             Piece::Embedding | Piece::Phase { .. } => cta < mesh.workers(),
             Piece::HandOver => {
-                cta == 0
-                    && mesh.ctas > mesh.workers()
-                    && self.step.stream == StreamForm::Replicated
+                cta == 0 && mesh.ctas > mesh.workers() && self.step.stream == StreamForm::Replicated
             }
             Piece::Head => true,
         }
@@ -237,7 +239,8 @@ async fn run_phase(cta: &mut Cta, now: &Now<'_>, phase: &Phase) -> Result<(), Ph
             next,
         } => {
             let operand = operand(cta, now, next);
-            cta.reduce_scatter(now, *exchange, *words_at, &operand).await
+            cta.reduce_scatter(now, *exchange, *words_at, &operand)
+                .await
         }
         Phase::GatherStream {
             exchange,

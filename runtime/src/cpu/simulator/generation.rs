@@ -34,9 +34,32 @@ pub(super) enum Place {
     Samples,
 }
 
+/// What the loop over steps does for order's sake. Tests take it away, bit by bit, to see what it is good for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Protocol {
+    /// Buffers of candidates, used in turns.
+    pub(super) candidate_buffers: usize,
+    /// Whether a barrier follows each prefill step but the last.
+    pub(super) barrier: bool,
+    /// Whether there are fences ahead of the barrier and of the candidates.
+    pub(super) fences: bool,
+}
+
+impl Default for Protocol {
+    /// The device's.
+    fn default() -> Protocol {
+        Protocol {
+            candidate_buffers: 2,
+            barrier: true,
+            fences: true,
+        }
+    }
+}
+
 /// What all CTAs of a generation are given.
 pub(super) struct Task<'a> {
     pub(super) shared: &'a Shared,
+    pub(super) protocol: Protocol,
     pub(super) prefill: Vec<Vec<Column>>,
     pub(super) sequences: Sequences<'a>,
 }
@@ -108,7 +131,9 @@ impl<'a> Walk<'a> {
         for (number, columns) in self.task.prefill.iter().enumerate() {
             if number + 1 < self.task.prefill.len() {
                 self.run(Kind::Prefill, columns, epoch).await?;
-                self.barrier(epoch + layers + 1).await?;
+                if self.task.protocol.barrier {
+                    self.barrier(epoch + layers + 1).await?;
+                }
                 epoch += epochs;
                 self.step += 1;
             } else {
@@ -131,12 +156,7 @@ impl<'a> Walk<'a> {
     }
 
     /// The layers of a step, and the head where it makes logits.
-    async fn run(
-        &mut self,
-        kind: Kind,
-        columns: &[Column],
-        epoch: u32,
-    ) -> Result<(), PhaseFault> {
+    async fn run(&mut self, kind: Kind, columns: &[Column], epoch: u32) -> Result<(), PhaseFault> {
         let run = Run::new(self.task.shared, kind, columns, epoch)?;
         self.cta.read = 0;
         for piece in run.pieces() {
@@ -158,11 +178,17 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
+    fn fence(&self) {
+        if self.task.protocol.fences {
+            self.memory.fence();
+        }
+    }
+
     async fn barrier(&mut self, epoch: u32) -> Result<(), PhaseFault> {
         let program = &self.task.shared.program;
         self.enter(Place::Barrier);
         let at = program.exchange.barrier_at;
-        self.memory.fence();
+        self.fence();
         self.memory.publish(at + self.cta.index, [0; 3], epoch)?;
         for cta in 0..program.mesh.ctas {
             // Whoever came through early may have arrived at the next barrier by now.
@@ -219,11 +245,14 @@ impl<'a> Walk<'a> {
         if drawn {
             self.memory.write_logits(logits.concat(), last);
         }
-        self.memory.fence();
-        let parity = epoch as usize / step_epochs(program.layers) % 2;
+        self.fence();
+        let buffers = self.task.protocol.candidate_buffers;
+        let parity = epoch as usize / step_epochs(program.layers) % buffers;
         let best = |column: usize| {
             let mut best = (f32::MIN, 0);
-            for (token, &logit) in (first..program.vocab).zip(logits.get(column).into_iter().flatten()) {
+            for (token, &logit) in
+                (first..program.vocab).zip(logits.get(column).into_iter().flatten())
+            {
                 if logit > best.0 {
                     best = (logit, token as u32);
                 }
@@ -244,6 +273,12 @@ impl<'a> Walk<'a> {
         let mut tokens: Vec<u32> = winners.into_iter().map(|(_, token)| token).collect();
         if drawn {
             self.draw(sequences, last, &mut tokens).await?;
+        }
+        if let Some(&token) = tokens
+            .iter()
+            .find(|token| **token as usize >= program.vocab)
+        {
+            return Err(PhaseFault::Token { token });
         }
         let of_step = sequences.iter().zip(&logits);
         let of_step = of_step.map(|(r, logits)| r.map_or(Vec::new(), |_| logits.clone()));
@@ -296,9 +331,14 @@ impl<'a> Walk<'a> {
         let mine = tokens.to_vec();
         let at = program.exchange.samples_at;
         // All have drawn the same.
-        self.exchange(at, last, |column| [mine[column]; 3], |column, [token, ..]| {
-            tokens[column] = token;
-        })
+        self.exchange(
+            at,
+            last,
+            |column| [mine[column]; 3],
+            |column, [token, ..]| {
+                tokens[column] = token;
+            },
+        )
         .await
     }
 }

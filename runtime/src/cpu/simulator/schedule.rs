@@ -142,6 +142,18 @@ impl Chooser {
         }
     }
 
+    /// Whether it would rather see writes delivered than let one of these go on.
+    pub(super) fn holds_back(&self, able: &[usize]) -> bool {
+        match self.order {
+            Order::OneBehind => able.iter().all(|&cta| cta == self.favourite),
+            Order::Uniform
+            | Order::OneAhead
+            | Order::GroupsApart
+            | Order::NewestFirst
+            | Order::Reversal => able.is_empty(),
+        }
+    }
+
     /// One of the CTAs that can go on, of which there are some; `since`: when each came to be able to.
     pub(super) fn choose(
         &mut self,

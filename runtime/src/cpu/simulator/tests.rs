@@ -2,7 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use mirage_testing::{Choice, Model, SIZES, planned, prompts, qwen3, target};
+use mirage_compiler::arch::{Arch, GpuModel};
+use mirage_compiler::mesh::{Placement, Split};
+use mirage_compiler::plan::StreamForm;
+use mirage_compiler::program::Rule;
+use mirage_testing::{Choice, Model, SIZES, Sizes, planned, prompts, qwen3, target};
 use rayon::prelude::*;
 
 use super::*;
@@ -27,18 +31,20 @@ fn batch(count: usize, drawn: bool) -> Vec<GenerateRequest> {
     let prompts = prompts(&lengths[..count], SIZES.vocab).into_iter();
     (0u32..)
         .zip(prompts.zip(sampling.into_iter().cycle()))
-        .map(|(stream, (prompt, (temperature, top_k, top_p)))| GenerateRequest {
-            prompt,
-            max_new_tokens: 2 + stream as usize % 3,
-            sampling: SamplingParams {
-                temperature: if drawn { temperature } else { 0.0 },
-                top_k,
-                top_p,
-                seed: 5,
+        .map(
+            |(stream, (prompt, (temperature, top_k, top_p)))| GenerateRequest {
+                prompt,
+                max_new_tokens: 2 + stream as usize % 3,
+                sampling: SamplingParams {
+                    temperature: if drawn { temperature } else { 0.0 },
+                    top_k,
+                    top_p,
+                    seed: 5,
+                },
+                stream,
+                stop_tokens: BTreeSet::from([3]),
             },
-            stream,
-            stop_tokens: BTreeSet::from([3]),
-        })
+        )
         .collect()
 }
 
@@ -58,10 +64,8 @@ fn check(model: &Model, program: &Program, batch: &[GenerateRequest], count: u64
 fn every_placement_in_many_interleavings() {
     let model = qwen3(SIZES);
     for (index, choice) in Choice::all().into_iter().enumerate() {
-        let started = std::time::Instant::now();
         let program = choice.program(&model, 3, 72);
-        check(&model, &program, &batch(3, index % 2 == 1), 36);
-        eprintln!("{choice:?} {:?}", started.elapsed());
+        check(&model, &program, &batch(3, index % 2 == 1), 18);
     }
 }
 
@@ -69,9 +73,129 @@ fn every_placement_in_many_interleavings() {
 fn planned_programs_in_many_interleavings() {
     let model = qwen3(SIZES);
     for (sms, count) in [(5, 3), (8, 8), (132, 3)] {
-        let started = std::time::Instant::now();
         let program = planned(&model, &target(sms, count, 72));
         check(&model, &program, &batch(count, true), 18);
-        eprintln!("{sms} {count} {:?}", started.elapsed());
     }
+}
+
+/// Some seed must show what is wrong, and show it again. `expect`: part of what is said.
+#[track_caller]
+fn mutant(simulator: &Simulator, batch: &[GenerateRequest], expect: &str) {
+    let failures = (0..72).filter_map(|seed| simulator.run(batch, Schedule::of(seed)).err());
+    let said: Vec<String> = failures.map(|failure| failure.to_string()).collect();
+    let first = said.iter().find(|said| said.contains(expect));
+    let first =
+        first.unwrap_or_else(|| panic!("{} of 72 fail, none by {expect}: {said:#?}", said.len()));
+    let seed = first.split([' ', ':']).nth(1).unwrap().parse().unwrap();
+    let again = simulator.run(batch, Schedule::of(seed)).unwrap_err();
+    assert_eq!(&again.to_string(), first);
+    println!("72 interleavings, {} fail: {first}", said.len());
+}
+
+/// Two groups of two, and one CTA that only helps with the head.
+const HELPED: Choice = Choice {
+    groups: 2,
+    members: 2,
+    helpers: 1,
+    writers: Placement {
+        groups: Split::Rows,
+        members: Split::Rows,
+    },
+    stream: StreamForm::Replicated,
+    kv_splits: 1,
+    replicate_below: 0,
+    heads_per_task: 3,
+    prefill_columns: 4,
+};
+
+/// A worker without rows of the linears that write the stream may be a layer behind, and nobody knows.
+#[test]
+fn mutant_worker_without_rows() {
+    let model = qwen3(Sizes { layers: 4, ..SIZES });
+    // The last member of a group has no rows of any linear.
+    let choice = Choice {
+        members: 21,
+        helpers: 0,
+        ..HELPED
+    };
+    let gpu = GpuModel::default_for(Arch::Sm90a);
+    let (plan, target) = choice.plan_on(gpu, &model, 3, 72);
+    assert!(plan.verify(&model.fused).is_err());
+    let program = Program::new(&model.fused, &plan, &target).unwrap();
+    let violation = program.verify().unwrap_err();
+    assert_eq!(violation.rule, Rule::Reuse, "{violation}");
+
+    let simulator = simulator(&model, &program);
+    mutant(&simulator, &batch(3, false), "is overwritten too early");
+}
+
+/// The program of [`HELPED`] under a protocol with something taken away.
+#[track_caller]
+fn without(protocol: Protocol, expect: &str) {
+    let model = qwen3(SIZES);
+    let mut simulator = simulator(&model, &HELPED.program(&model, 3, 72));
+    simulator.protocol = protocol;
+    mutant(&simulator, &batch(3, false), expect);
+}
+
+#[test]
+fn mutant_one_buffer_of_candidates() {
+    let protocol = Protocol {
+        candidate_buffers: 1,
+        ..Protocol::default()
+    };
+    without(protocol, "is overwritten too early");
+}
+
+#[test]
+fn mutant_barrier_dropped() {
+    let protocol = Protocol {
+        barrier: false,
+        ..Protocol::default()
+    };
+    without(protocol, "of the KV cache is read before");
+}
+
+#[test]
+fn mutant_fences_dropped() {
+    let protocol = Protocol {
+        fences: false,
+        ..Protocol::default()
+    };
+    without(protocol, "of the KV cache is read before");
+}
+
+/// Programs that the verifier rejects.
+#[test]
+fn mutants_of_programs() {
+    let model = qwen3(SIZES);
+    let right = HELPED.program(&model, 3, 72);
+    let check = |expect: &str, change: &dyn Fn(&mut Program)| {
+        let mut program = right.clone();
+        change(&mut program);
+        program.verify().unwrap_err();
+        mutant(&simulator(&model, &program), &batch(3, true), expect);
+    };
+    // Attention before the linear that it waits for: nobody begins.
+    check(
+        "deadlock: CTA 0 (step 20, decode step, attention on qkv",
+        &|p| {
+            p.decode.layer.swap(0, 1);
+        },
+    );
+    // A wait for a linear that comes later.
+    check("carries epoch", &|p| p.decode.layer.swap(5, 7));
+    // Buffers shared too soon.
+    check("is written twice in epoch", &|p| {
+        p.linears[1].words_at = p.linears[0].words_at;
+    });
+    check("is written twice in epoch", &|p| {
+        p.exchange.samples_at = p.exchange.candidates_at;
+    });
+    check("is written twice in epoch", &|p| {
+        p.exchange.samples_at = p.exchange.candidates_at + p.decode.columns * p.mesh.ctas;
+    });
+    check("lies outside of the", &|p| {
+        p.attention.words_at = p.exchange.words
+    });
 }

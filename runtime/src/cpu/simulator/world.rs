@@ -1,6 +1,7 @@
 //! The memory that the simulated CTAs share. A write waits in its CTA's buffer until the scheduler delivers it: late, and in
-//! any order among those between two fences. Once delivered, all see it. A reader waits for the epoch it needs; a word that
-//! has gone past it, and one that an older write falls on, is a fault.
+//! any order among those between two fences. Some of plain memory are held back until nothing else can happen. Once
+//! delivered, all see it. A reader waits for the epoch it needs; a word that has gone past it, and one that an older
+//! write falls on, is a fault.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,6 +17,8 @@ use crate::cpu::memory::Memory;
 
 /// How long a CTA runs: it stops once in so many reads, to go on later.
 const READS_OF_A_TURN: usize = 64;
+/// One write of plain memory in so many is held back. Words never are: everybody would wait for each, and nobody run ahead.
+const HELD_BACK: usize = 2;
 
 #[derive(Clone, Copy, Default)]
 struct Word {
@@ -43,9 +46,24 @@ pub(super) struct Wait {
     pub(super) epoch: u32,
 }
 
+/// Writes between two fences: they come in any order.
+#[derive(Default)]
+struct Set {
+    /// Those that may come at any time.
+    ready: Vec<Write>,
+    /// Those that come when nothing else is left that could.
+    held: Vec<Write>,
+}
+
+impl Set {
+    fn is_empty(&self) -> bool {
+        self.ready.is_empty() && self.held.is_empty()
+    }
+}
+
 struct Buffer {
-    /// Writes not yet delivered, in sets that fences part: those of a set come in any order, all before the next set's.
-    sets: VecDeque<Vec<Write>>,
+    /// Writes not yet delivered; all of a set come before the next one's.
+    sets: VecDeque<Set>,
     wait: Option<Wait>,
 }
 
@@ -113,11 +131,14 @@ impl World {
         self.state().words.get(word).map_or(0, |word| word.epoch)
     }
 
-    /// CTAs with writes on their way.
-    pub(super) fn writers(&self) -> Vec<usize> {
+    /// CTAs of which a write could be delivered, one that is held back or one that is not.
+    pub(super) fn writers(&self, held: bool) -> Vec<usize> {
         let state = self.state();
         let buffers = state.of_ctas.iter().enumerate();
-        let some = buffers.filter(|(_, buffer)| buffer.sets.iter().any(|set| !set.is_empty()));
+        let some = buffers.filter(|(_, buffer)| {
+            let front = buffer.sets.front();
+            front.is_some_and(|set| !if held { &set.held } else { &set.ready }.is_empty())
+        });
         some.map(|(cta, _)| cta).collect()
     }
 
@@ -126,20 +147,23 @@ impl World {
         self.state().delivered
     }
 
-    /// Delivers up to `most` writes of a CTA, and tells whom that lets go on.
+    /// Delivers up to `most` writes of a CTA, those held back or the others, and tells whom that lets go on.
     pub(super) fn deliver(
         &self,
         cta: usize,
+        held: bool,
         most: usize,
         woken: &mut Vec<usize>,
     ) -> Result<(), PhaseFault> {
         let state = &mut *self.state();
         for _ in 0..most {
             let sets = &mut state.of_ctas[cta].sets;
-            let Some(set) = sets.front_mut().filter(|set| !set.is_empty()) else {
+            let Some(set) = sets.front_mut() else { break };
+            let writes = if held { &mut set.held } else { &mut set.ready };
+            if writes.is_empty() {
                 break;
-            };
-            let write = set.swap_remove(state.random.below(set.len()));
+            }
+            let write = writes.swap_remove(state.random.below(writes.len()));
             if set.is_empty() {
                 sets.pop_front();
             }
@@ -189,10 +213,17 @@ pub(super) struct View<'a> {
 
 impl View<'_> {
     fn push(&self, write: Write) {
-        let sets = &mut self.world.state().of_ctas[self.cta].sets;
-        match sets.back_mut() {
-            Some(set) => set.push(write),
-            None => sets.push_back(vec![write]),
+        let state = &mut *self.world.state();
+        let held = match write {
+            Write::Word { .. } => false,
+            Write::Row(_) | Write::Logits(_) => state.random.once_in(HELD_BACK),
+        };
+        let sets = &mut state.of_ctas[self.cta].sets;
+        if sets.is_empty() {
+            sets.push_back(Set::default());
+        }
+        if let Some(set) = sets.back_mut() {
+            if held { &mut set.held } else { &mut set.ready }.push(write);
         }
     }
 
@@ -200,7 +231,7 @@ impl View<'_> {
     pub(super) fn fence(&self) {
         let sets = &mut self.world.state().of_ctas[self.cta].sets;
         if sets.back().is_some_and(|set| !set.is_empty()) {
-            sets.push_back(Vec::new());
+            sets.push_back(Set::default());
         }
     }
 
@@ -246,7 +277,11 @@ impl View<'_> {
     pub(super) async fn arrived(&self, word: usize, epoch: u32) {
         std::future::poll_fn(|_| {
             let state = &mut *self.world.state();
-            if state.words.get(word).is_some_and(|word| word.epoch >= epoch) {
+            if state
+                .words
+                .get(word)
+                .is_some_and(|word| word.epoch >= epoch)
+            {
                 return Poll::Ready(());
             }
             state.of_ctas[self.cta].wait = Some(Wait { word, epoch });
