@@ -278,10 +278,10 @@ impl Simulator {
                     if random.once_in(2) {
                         chooser.choose(&writers, &since, random)
                     } else {
-                        Some(writers[random.below(writers.len())])
+                        Some(random.below(writers.len()))
                     }
                 });
-                if let Some(writer) = writer {
+                if let Some(&writer) = writer.and_then(|index| writers.get(index)) {
                     let before = able.len();
                     let delivered = world.deliver(writer, held, deliver, &mut able);
                     delivered.map_err(|found| fault(writer, found))?;
@@ -291,7 +291,7 @@ impl Simulator {
                     continue;
                 }
             }
-            let Some(cta) = world.random(|random| chooser.choose(&able, &since, random)) else {
+            let Some(index) = world.random(|random| chooser.choose(&able, &since, random)) else {
                 if running.iter().all(Option::is_none) {
                     break;
                 }
@@ -301,7 +301,7 @@ impl Simulator {
                 });
             };
             turns += 1;
-            able.retain(|&other| other != cta);
+            let cta = able.swap_remove(index);
             let Some(future) = &mut running[cta] else {
                 continue;
             };

@@ -154,28 +154,30 @@ impl Chooser {
         }
     }
 
-    /// One of the CTAs that can go on, of which there are some; `since`: when each came to be able to.
+    /// The index of one of these CTAs; `since`: when each came to be able to go on.
     pub(super) fn choose(
         &mut self,
         able: &[usize],
         since: &[u64],
         random: &mut Random,
     ) -> Option<usize> {
+        if able.is_empty() {
+            return None;
+        }
         if self.order == Order::Reversal && random.once_in(64) {
             let last = self.rank.len();
             self.rank.iter_mut().for_each(|rank| *rank = last - *rank);
         }
-        let favourite = self.favourite;
-        let key = |cta: usize, random: &mut Random| -> (u64, usize) {
-            let first = match self.order {
-                Order::Uniform => 0,
-                Order::OneBehind => u64::from(cta == favourite),
-                Order::OneAhead => u64::from(cta != favourite),
-                Order::GroupsApart | Order::Reversal => self.rank[cta] as u64,
-                Order::NewestFirst => u64::MAX - since[cta],
-            };
-            (first, random.below(1 << 20))
-        };
-        able.iter().copied().min_by_key(|&cta| key(cta, random))
+        let any = random.below(able.len());
+        let favourite = able.iter().position(|&cta| cta == self.favourite);
+        // From a random one on, so that the first of several equal ones is any of them.
+        let around = || (any..able.len()).chain(0..any);
+        match self.order {
+            Order::Uniform => Some(any),
+            Order::OneAhead => favourite.or(Some(any)),
+            Order::OneBehind => around().find(|&i| able[i] != self.favourite).or(favourite),
+            Order::GroupsApart | Order::Reversal => around().min_by_key(|&i| self.rank[able[i]]),
+            Order::NewestFirst => around().max_by_key(|&i| since[able[i]]),
+        }
     }
 }

@@ -16,7 +16,7 @@ use crate::cpu::cta::Append;
 use crate::cpu::memory::Memory;
 
 /// How long a CTA runs: it stops once in so many reads, to go on later.
-const READS_OF_A_TURN: usize = 64;
+const READS_OF_A_TURN: usize = 256;
 /// One write of plain memory in so many is held back. Words never are: everybody would wait for each, and nobody run ahead.
 const HELD_BACK: usize = 2;
 
