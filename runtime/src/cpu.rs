@@ -8,7 +8,8 @@
 //!
 //! The CTAs do a phase in parallel, and the next phase begins when all have done it. So a reader never waits: a word that
 //! does not carry the current epoch when it is read means that the program is wrong, and is reported as such.
-//! What the CPU does not show is a word overwritten too early; finding that is the simulator's business.
+//! What the CPU does not show is a word overwritten too early; finding that is the [`simulator`]'s business, which runs the same phases
+//! over another memory.
 //!
 //! It must not know a graph or a model, and holds nothing that is specific to one.
 
@@ -16,6 +17,7 @@ mod area;
 mod attention;
 mod cta;
 mod exchange;
+mod kv_cache;
 mod linear;
 mod lockstep;
 mod memory;
@@ -38,8 +40,8 @@ use crate::pack::{HostWeights, PackError};
 
 use area::ExchangeArea;
 pub use area::PhaseFault;
-use attention::KvCache;
 use cta::Cta;
+use kv_cache::KvCache;
 
 /// Why the CPU executor cannot go on.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]

@@ -5,47 +5,14 @@
 //! every member. In prefill a member first gathers the group's q, k and v of all columns; in decode each task's alone.
 
 use mirage_compiler::mesh::Share;
-use mirage_compiler::program::{
-    Attention, Exchange, Linear, Norm, Program, STRIPE, TILE, VALUES_PER_WORD,
-};
+use mirage_compiler::program::{Attention, Exchange, Linear, Norm, STRIPE, TILE, VALUES_PER_WORD};
 
-use super::area::{PhaseFault, Values, bits, round, value};
+use super::area::{PhaseFault, Values, bits, round};
 use super::cta::{Append, Cta, Head, Now};
 use super::exchange::{View, publish};
 
 /// The score of no position at all; finite, so that differences of maxima are numbers.
 const NO_SCORE: f32 = -1e30;
-
-/// Keys and values as bf16 bits, `[layers, slots, KV heads, positions, head_dim]` each.
-pub(super) struct KvCache {
-    keys: Vec<u16>,
-    values: Vec<u16>,
-}
-
-impl KvCache {
-    pub(super) fn new(program: &Program) -> KvCache {
-        let elements = program.cache_elements();
-        KvCache {
-            keys: vec![0; elements],
-            values: vec![0; elements],
-        }
-    }
-
-    /// Appends the key and the value at `at` to a list, in f32.
-    pub(super) fn read(&self, at: usize, width: usize, to: &mut Vec<f32>) {
-        for half in [&self.keys, &self.values] {
-            to.extend(half[at..][..width].iter().map(|&bits| value(bits)));
-        }
-    }
-
-    /// Takes the rows that a step has made.
-    pub(super) fn append(&mut self, rows: impl Iterator<Item = Append>) {
-        for row in rows {
-            self.keys[row.at..][..row.keys.len()].copy_from_slice(&row.keys);
-            self.values[row.at..][..row.values.len()].copy_from_slice(&row.values);
-        }
-    }
-}
 
 /// First element of a row of the cache; `kv_head` counts over all groups.
 fn row_at(now: &Now<'_>, slot: usize, kv_head: usize, position: usize) -> usize {

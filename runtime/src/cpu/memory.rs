@@ -7,8 +7,8 @@
 use std::task::Poll;
 
 use super::area::{ExchangeArea, PhaseFault, Values, pack, unpack};
-use super::attention::KvCache;
 use super::cta::Now;
+use super::kv_cache::KvCache;
 
 pub(super) trait Memory: Sync {
     /// The payload of a word in this epoch; pending as long as it has an older one.

@@ -78,18 +78,19 @@ fn planned_programs_in_many_interleavings() {
     }
 }
 
+/// Seeds that a mutant is given.
+const TRIES: u64 = 72;
+
 /// Some seed must show what is wrong, and show it again. `expect`: part of what is said.
 #[track_caller]
 fn mutant(simulator: &Simulator, batch: &[GenerateRequest], expect: &str) {
-    let failures = (0..72).filter_map(|seed| simulator.run(batch, Schedule::of(seed)).err());
-    let said: Vec<String> = failures.map(|failure| failure.to_string()).collect();
-    let first = said.iter().find(|said| said.contains(expect));
-    let first =
-        first.unwrap_or_else(|| panic!("{} of 72 fail, none by {expect}: {said:#?}", said.len()));
-    let seed = first.split([' ', ':']).nth(1).unwrap().parse().unwrap();
-    let again = simulator.run(batch, Schedule::of(seed)).unwrap_err();
-    assert_eq!(&again.to_string(), first);
-    println!("72 interleavings, {} fail: {first}", said.len());
+    let run = |seed| simulator.run(batch, Schedule::of(seed)).err();
+    let shown =
+        |seed| Some((seed, run(seed)?.to_string())).filter(|(_, said)| said.contains(expect));
+    let Some((seed, said)) = (0..TRIES).find_map(shown) else {
+        panic!("no seed below {TRIES} shows it by {expect}");
+    };
+    assert_eq!(run(seed).map(|failure| failure.to_string()), Some(said));
 }
 
 /// Two groups of two, and one CTA that only helps with the head.

@@ -11,8 +11,8 @@ use mirage_compiler::program::Program;
 
 use super::schedule::Random;
 use crate::cpu::area::PhaseFault;
-use crate::cpu::attention::KvCache;
 use crate::cpu::cta::Append;
+use crate::cpu::kv_cache::KvCache;
 use crate::cpu::memory::Memory;
 
 /// How long a CTA runs: it stops once in so many reads, to go on later.
