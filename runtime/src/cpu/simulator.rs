@@ -5,11 +5,12 @@
 //! phases, and now and then in between. A scheduler (`schedule.rs`) decides who goes on and which writes arrive, all from one
 //! seed, so that what a seed has shown it shows again. What is computed must be what the CPU executor computes, to the bit.
 //!
-//! It simulates words, fences and the barrier, not a CTA's warps: inside a CTA only the runs of a reduce-scatter change their
-//! order. A write that has arrived is there for all. Steps that exchange rows run as if they exchanged words.
+//! It simulates words, flags, fences and the barrier, not a CTA's warps: inside a CTA only the runs of a reduce-scatter change
+//! their order. A write that has arrived is there for all.
 
 mod failure;
 mod generation;
+mod rows;
 mod schedule;
 #[cfg(test)]
 mod tests;

@@ -86,7 +86,7 @@ pub(super) struct Run<'a> {
     /// Layer `n` has the epoch `n + 1` after it.
     epoch: u32,
     /// The exchange of the linears that write the residual stream.
-    writer: Exchange,
+    pub(super) writer: Exchange,
     /// Where the stream lies that the CTAs without a part of the layers read.
     handed_over_at: usize,
 }

@@ -100,6 +100,7 @@ pub(super) fn buffer_of(program: &Program, word: usize) -> String {
         (program.exchange.candidates_at, "candidates".to_owned()),
         (program.exchange.samples_at, "samples".to_owned()),
         (program.exchange.barrier_at, "barrier".to_owned()),
+        (program.exchange.words, "flags".to_owned()),
     ];
     for linear in &program.linears {
         buffers.push((linear.words_at, format!("outputs of {}", linear.name)));

@@ -8,12 +8,15 @@ use std::future::poll_fn;
 use std::task::Poll;
 
 use mirage_compiler::mesh::share;
+use mirage_compiler::plan::Transport;
 use mirage_compiler::program::{TILE, step_epochs};
 
+use super::rows;
 use super::world::{View, World};
 use crate::cpu::Shared;
 use crate::cpu::area::PhaseFault;
 use crate::cpu::cta::{Column, Cta};
+use crate::cpu::memory::Memory;
 use crate::cpu::sequences::{Sequences, decode_columns, last_columns};
 use crate::cpu::step::{Kind, Piece, Run};
 use crate::generate::Event;
@@ -41,8 +44,10 @@ pub(super) struct Protocol {
     pub(super) candidate_buffers: usize,
     /// Whether a barrier follows each prefill step but the last.
     pub(super) barrier: bool,
-    /// Whether there are fences ahead of the barrier and of the candidates.
+    /// Whether there are fences ahead of the barrier, of the candidates and of flags.
     pub(super) fences: bool,
+    /// Whether steps that exchange rows wait for flags.
+    pub(super) flags: bool,
 }
 
 impl Default for Protocol {
@@ -52,6 +57,7 @@ impl Default for Protocol {
             candidate_buffers: 2,
             barrier: true,
             fences: true,
+            flags: true,
         }
     }
 }
@@ -159,6 +165,12 @@ impl<'a> Walk<'a> {
     async fn run(&mut self, kind: Kind, columns: &[Column], epoch: u32) -> Result<(), PhaseFault> {
         let run = Run::new(self.task.shared, kind, columns, epoch)?;
         self.cta.read = 0;
+        let of_rows = run.step.transport == Transport::Rows;
+        let memory = if of_rows {
+            self.memory.of_rows()
+        } else {
+            self.memory
+        };
         for piece in run.pieces() {
             if !run.has_part(self.cta.index, piece) {
                 continue;
@@ -168,12 +180,40 @@ impl<'a> Walk<'a> {
                 columns: columns.len(),
                 piece,
             });
-            run.carry_out(&mut self.cta, piece, &self.memory).await?;
+            if of_rows {
+                self.await_flags(&run, piece).await?;
+            }
+            run.carry_out(&mut self.cta, piece, &memory).await?;
             self.cta
                 .appends
                 .drain(..)
                 .for_each(|row| self.memory.append(row));
+            let program = &self.task.shared.program;
+            if let Some(at) = rows::raised(program, &run, piece).filter(|_| of_rows) {
+                self.fence();
+                let flag = at + self.cta.index;
+                self.memory.publish(flag, [0; 3], run.epoch_of(piece));
+            }
             pause().await;
+        }
+        Ok(())
+    }
+
+    /// Waits for the flags of all workers, or of the own group's, where a piece needs them.
+    async fn await_flags(&self, run: &Run<'_>, piece: Piece) -> Result<(), PhaseFault> {
+        let program = &self.task.shared.program;
+        let awaited = rows::awaited(program, run, piece, self.cta.worker);
+        let Some((at, own_group)) = awaited.filter(|_| self.task.protocol.flags) else {
+            return Ok(());
+        };
+        let members = program.mesh.members;
+        let raisers = if own_group {
+            self.cta.group * members..(self.cta.group + 1) * members
+        } else {
+            0..program.mesh.workers()
+        };
+        for cta in raisers {
+            self.memory.take(at + cta, run.epoch_of(piece)).await?;
         }
         Ok(())
     }
@@ -189,7 +229,7 @@ impl<'a> Walk<'a> {
         self.enter(Place::Barrier);
         let at = program.exchange.barrier_at;
         self.fence();
-        self.memory.publish(at + self.cta.index, [0; 3], epoch)?;
+        self.memory.write(at + self.cta.index, [0; 3], epoch)?;
         for cta in 0..program.mesh.ctas {
             // Whoever came through early may have arrived at the next barrier by now.
             self.memory.arrived(at + cta, epoch).await;
@@ -209,7 +249,7 @@ impl<'a> Walk<'a> {
         let ctas = program.mesh.ctas;
         for column in 0..program.decode.columns {
             let word = at + column * ctas + self.cta.index;
-            self.memory.publish(word, mine(column), epoch)?;
+            self.memory.write(word, mine(column), epoch)?;
         }
         for column in 0..program.decode.columns {
             for cta in 0..ctas {

@@ -9,6 +9,7 @@ use std::task::Poll;
 
 use mirage_compiler::program::Program;
 
+use super::rows;
 use super::schedule::Random;
 use crate::cpu::area::PhaseFault;
 use crate::cpu::cta::Append;
@@ -68,7 +69,10 @@ struct Buffer {
 }
 
 struct State {
+    /// Those of the exchange area, then flags.
     words: Vec<Word>,
+    /// Words of the exchange area.
+    area: usize,
     cache: KvCache,
     /// Whether a row of the cache has been written, by `at / head_dim`.
     written: Vec<bool>,
@@ -94,7 +98,8 @@ impl World {
         };
         World {
             state: Mutex::new(State {
-                words: vec![Word::default(); program.exchange.words],
+                words: vec![Word::default(); program.exchange.words + rows::flags(program)],
+                area: program.exchange.words,
                 cache: KvCache::new(program),
                 written: vec![false; program.cache_elements() / head_dim],
                 head_dim,
@@ -113,7 +118,11 @@ impl World {
 
     /// The memory as a CTA sees it.
     pub(super) fn of(&self, cta: usize) -> View<'_> {
-        View { world: self, cta }
+        View {
+            world: self,
+            cta,
+            plain: false,
+        }
     }
 
     /// Runs something with the random numbers.
@@ -209,9 +218,19 @@ impl World {
 pub(super) struct View<'a> {
     world: &'a World,
     cta: usize,
+    /// Whether words are plain memory, which is not waited for.
+    plain: bool,
 }
 
-impl View<'_> {
+impl<'a> View<'a> {
+    /// The memory of a step that exchanges rows.
+    pub(super) fn of_rows(self) -> View<'a> {
+        View {
+            plain: true,
+            ..self
+        }
+    }
+
     fn push(&self, write: Write) {
         let state = &mut *self.world.state();
         let held = match write {
@@ -235,19 +254,57 @@ impl View<'_> {
         }
     }
 
-    /// Publishes a word.
-    pub(super) fn publish(
-        &self,
-        word: usize,
-        payload: [u32; 3],
-        epoch: u32,
-    ) -> Result<(), PhaseFault> {
-        self.write(word, payload, epoch)
+    /// Publishes a word or a flag.
+    pub(super) fn publish(&self, at: usize, payload: [u32; 3], epoch: u32) {
+        let word = Word { payload, epoch };
+        self.push(Write::Word { at, word });
     }
 
-    /// Waits for a word of this epoch.
+    /// Waits for a word or a flag of this epoch.
     pub(super) async fn take(&self, word: usize, epoch: u32) -> Result<[u32; 3], PhaseFault> {
-        std::future::poll_fn(|_| self.read(word, epoch)).await
+        std::future::poll_fn(|_| self.look(word, epoch, false)).await
+    }
+
+    /// The payload of a word in this epoch. Of plain memory it must be there; for any other the CTA waits.
+    fn look(&self, at: usize, epoch: u32, plain: bool) -> Poll<Result<[u32; 3], PhaseFault>> {
+        let state = &mut *self.world.state();
+        let words = state.words.len();
+        let Some(word) = state.words.get(at) else {
+            return Poll::Ready(Err(PhaseFault::Outside { word: at, words }));
+        };
+        let (found, expected) = (word.epoch, epoch);
+        if found > epoch {
+            return Poll::Ready(Err(PhaseFault::Overwritten {
+                word: at,
+                found,
+                expected,
+            }));
+        }
+        if found < epoch && plain {
+            return Poll::Ready(Err(PhaseFault::Stale {
+                word: at,
+                found,
+                expected,
+            }));
+        }
+        if found < epoch {
+            state.of_ctas[self.cta].wait = Some(Wait { word: at, epoch });
+            return Poll::Pending;
+        }
+        if state.random.once_in(READS_OF_A_TURN) {
+            return Poll::Pending;
+        }
+        Poll::Ready(Ok(word.payload))
+    }
+
+    /// A phase reads and writes the exchange area alone.
+    fn check(&self, word: usize) -> Result<(), PhaseFault> {
+        let words = self.world.state().area;
+        if word < words {
+            Ok(())
+        } else {
+            Err(PhaseFault::Outside { word, words })
+        }
     }
 
     /// Writes a row of the KV cache.
@@ -292,36 +349,16 @@ impl View<'_> {
 }
 
 impl Memory for View<'_> {
-    fn read(&self, at: usize, epoch: u32) -> Poll<Result<[u32; 3], PhaseFault>> {
-        let state = &mut *self.world.state();
-        let words = state.words.len();
-        let Some(word) = state.words.get(at) else {
-            return Poll::Ready(Err(PhaseFault::Outside { word: at, words }));
-        };
-        if word.epoch > epoch {
-            return Poll::Ready(Err(PhaseFault::Overwritten {
-                word: at,
-                found: word.epoch,
-                expected: epoch,
-            }));
+    fn read(&self, word: usize, epoch: u32) -> Poll<Result<[u32; 3], PhaseFault>> {
+        match self.check(word) {
+            Ok(()) => self.look(word, epoch, self.plain),
+            Err(fault) => Poll::Ready(Err(fault)),
         }
-        if word.epoch < epoch {
-            state.of_ctas[self.cta].wait = Some(Wait { word: at, epoch });
-            return Poll::Pending;
-        }
-        if state.random.once_in(READS_OF_A_TURN) {
-            return Poll::Pending;
-        }
-        Poll::Ready(Ok(word.payload))
     }
 
-    fn write(&self, at: usize, payload: [u32; 3], epoch: u32) -> Result<(), PhaseFault> {
-        let words = self.world.state().words.len();
-        if at >= words {
-            return Err(PhaseFault::Outside { word: at, words });
-        }
-        let word = Word { payload, epoch };
-        self.push(Write::Word { at, word });
+    fn write(&self, word: usize, payload: [u32; 3], epoch: u32) -> Result<(), PhaseFault> {
+        self.check(word)?;
+        self.publish(word, payload, epoch);
         Ok(())
     }
 
