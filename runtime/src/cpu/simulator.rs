@@ -1,7 +1,7 @@
 //! The simulator: runs a program on the CPU with every CTA at its own pace and memory that is weak, to find what the CPU
 //! executor cannot show: a word that is overwritten too early, a wait that is missing, a deadlock.
 //!
-//! The phases are the CPU executor's own ([`super::step`]); a CTA is a future that stops where it waits for a word, between
+//! The phases are the CPU executor's own (`step.rs`); a CTA is a future that stops where it waits for a word, between
 //! phases, and now and then in between. A scheduler (`schedule.rs`) decides who goes on and which writes arrive, all from one
 //! seed, so that what a seed has shown it shows again. What is computed must be what the CPU executor computes, to the bit.
 //!
