@@ -8,7 +8,8 @@
 //!
 //! The CTAs do a phase in parallel, and the next phase begins when all have done it. So a reader never waits: a word that
 //! does not carry the current epoch when it is read means that the program is wrong, and is reported as such.
-//! What the CPU does not show is a word overwritten too early; finding that is the simulator's business.
+//! What the CPU does not show is a word overwritten too early; finding that is the [`simulator`]'s business, which runs the same phases
+//! over another memory.
 //!
 //! It must not know a graph or a model, and holds nothing that is specific to one.
 
@@ -16,15 +17,20 @@ mod area;
 mod attention;
 mod cta;
 mod exchange;
+mod kv_cache;
 mod linear;
+mod lockstep;
+mod memory;
 mod residual;
 mod run;
+mod sequences;
+pub mod simulator;
 mod step;
 #[cfg(test)]
 mod tests;
 
 use mirage_compiler::mesh::Mesh;
-use mirage_compiler::program::{Program, step_epochs};
+use mirage_compiler::program::{Program, TILE, step_epochs};
 
 use crate::checkpoint::Checkpoint;
 use crate::generate::{
@@ -34,8 +40,8 @@ use crate::pack::{HostWeights, PackError};
 
 use area::ExchangeArea;
 pub use area::PhaseFault;
-use attention::KvCache;
 use cta::Cta;
+use kv_cache::KvCache;
 
 /// Why the CPU executor cannot go on.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -76,12 +82,11 @@ impl From<CpuError> for GenerateError {
     }
 }
 
-/// What all CTAs see and none changes but through the exchange area.
+/// What all CTAs see and none changes.
 struct Shared {
     program: Program,
     mesh: Mesh,
     weights: HostWeights,
-    area: ExchangeArea,
     /// Elements of a column of the widest activation.
     stride: usize,
 }
@@ -89,6 +94,7 @@ struct Shared {
 /// A program with its weights, ready to run on the CPU.
 pub struct CpuModel {
     shared: Shared,
+    area: ExchangeArea,
     cache: KvCache,
     ctas: Vec<Cta>,
     /// No word carries an epoch above it.
@@ -145,12 +151,12 @@ impl CpuModel {
             .map(|cta| Cta::new(&program, cta, stride))
             .collect();
         Ok(CpuModel {
+            area: ExchangeArea::new(program.exchange.words),
             cache: KvCache::new(&program),
             ctas,
             epoch: 0,
             shared: Shared {
                 mesh: program.mesh,
-                area: ExchangeArea::new(program.exchange.words),
                 program,
                 weights,
                 stride,
@@ -176,7 +182,7 @@ impl CpuModel {
     fn next_step(&mut self) -> u32 {
         let taken = u32::try_from(step_epochs(self.shared.program.layers)).unwrap_or(u32::MAX);
         if self.epoch.checked_add(taken).is_none() {
-            self.shared.area.clear();
+            self.area.clear();
             self.epoch = 0;
         }
         let epoch = self.epoch;
@@ -208,7 +214,7 @@ impl Executor for CpuModel {
         on_event: &mut dyn FnMut(Event),
     ) -> Result<(), GenerateError> {
         self.limits().check(batch)?;
-        self.run_requests(batch, cancel, on_event)
+        self.run_requests(batch, cancel, on_event, None)
     }
 
     fn score(&mut self, sequences: &[Vec<u32>]) -> Result<Vec<Logits>, GenerateError> {

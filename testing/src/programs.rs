@@ -73,6 +73,19 @@ impl Choice {
         batch: usize,
         max_seq: usize,
     ) -> Program {
+        let (plan, target) = self.plan_on(gpu, model, batch, max_seq);
+        plan.verify(&model.fused).unwrap();
+        Program::new(&model.fused, &plan, &target).unwrap()
+    }
+
+    /// The plan itself, which need not be a right one.
+    pub fn plan_on(
+        &self,
+        gpu: GpuModel,
+        model: &Model,
+        batch: usize,
+        max_seq: usize,
+    ) -> (Plan, Target) {
         let ctas = self.groups * self.members + self.helpers;
         let sms = ctas as u32;
         let target = Target {
@@ -108,8 +121,7 @@ impl Choice {
         plan.decode.transport = self.transport(plan.decode.columns, Target::MAX_WORD_COLUMNS + 1);
         plan.wide = None;
         plan.decode.replicate_below = self.replicate_below;
-        plan.verify(&model.fused).unwrap();
-        Program::new(&model.fused, &plan, &target).unwrap()
+        (plan, target)
     }
 
     /// Every placement of the writers with both forms of the stream, on meshes of several shapes.

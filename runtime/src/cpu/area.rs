@@ -24,6 +24,50 @@ pub enum PhaseFault {
         /// The epoch of the phase.
         expected: u32,
     },
+    /// A word that is waited for has already been written for a later epoch.
+    #[error(
+        "word {word} is overwritten too early: it is awaited in epoch {expected}, but already carries epoch {found}"
+    )]
+    Overwritten {
+        /// Index in the exchange area.
+        word: usize,
+        /// The epoch it carries.
+        found: u32,
+        /// The epoch of the phase.
+        expected: u32,
+    },
+    /// Two writers of one word whose writes arrive in the wrong order.
+    #[error("a write of epoch {epoch} falls on word {word}, which already carries epoch {found}")]
+    Backwards {
+        /// Index in the exchange area.
+        word: usize,
+        /// The epoch it carries.
+        found: u32,
+        /// The epoch of the write.
+        epoch: u32,
+    },
+    /// A row of the KV cache is read before it is there.
+    #[error("the row at element {at} of the KV cache is read before its writer's write is there")]
+    Row {
+        /// First element.
+        at: usize,
+    },
+    /// Logits are read before they are there, or after they have been overwritten.
+    #[error("the logits of CTA {cta} are read in epoch {expected} but are of epoch {found}")]
+    Logits {
+        /// Whose they are.
+        cta: usize,
+        /// Their epoch.
+        found: u32,
+        /// The epoch in which they are read.
+        expected: u32,
+    },
+    /// What was chosen is no token.
+    #[error("token {token} was chosen, which the vocabulary does not have")]
+    Token {
+        /// The token.
+        token: u32,
+    },
     /// Two writers of one word in one epoch.
     #[error("word {word} is written twice in epoch {epoch}")]
     Twice {
@@ -48,9 +92,31 @@ pub enum PhaseFault {
         /// Bytes wanted.
         wanted: usize,
     },
+    /// A phase waits although all CTAs have done the one before.
+    #[error("the phase waits for what no phase before it has written")]
+    Waits,
     /// A phase of a replicated residual stream in a step that scatters it, or the other way round.
     #[error("the phase does not fit the form in which the step keeps the residual stream")]
     Form,
+}
+
+impl PhaseFault {
+    /// The word it is about, if it is about one.
+    pub(super) fn word(&self) -> Option<usize> {
+        match self {
+            PhaseFault::Stale { word, .. }
+            | PhaseFault::Overwritten { word, .. }
+            | PhaseFault::Backwards { word, .. }
+            | PhaseFault::Twice { word, .. } => Some(*word),
+            PhaseFault::Row { .. }
+            | PhaseFault::Token { .. }
+            | PhaseFault::Logits { .. }
+            | PhaseFault::Outside { .. }
+            | PhaseFault::Stream { .. }
+            | PhaseFault::Waits
+            | PhaseFault::Form => None,
+        }
+    }
 }
 
 /// Payload in the lower 96 bits, epoch in the upper 32. Phases are separated by joins, so relaxed halves cannot tear.
@@ -100,17 +166,6 @@ impl ExchangeArea {
         Ok(())
     }
 
-    /// Writes six values, rounded to bf16.
-    pub(super) fn publish_values(
-        &self,
-        at: usize,
-        values: &Values,
-        epoch: u32,
-    ) -> Result<(), PhaseFault> {
-        let pair = |i: usize| u32::from(bits(values[i + 1])) << 16 | u32::from(bits(values[i]));
-        self.publish(at, [pair(0), pair(2), pair(4)], epoch)
-    }
-
     /// The payload of a word that was written in this epoch.
     pub(super) fn take(&self, at: usize, epoch: u32) -> Result<[u32; 3], PhaseFault> {
         let word = self.word(at)?;
@@ -126,14 +181,19 @@ impl ExchangeArea {
         let low = word.low.load(Ordering::Relaxed);
         Ok([low as u32, (low >> 32) as u32, high as u32])
     }
+}
 
-    /// The six values of a word that was written in this epoch.
-    pub(super) fn take_values(&self, at: usize, epoch: u32) -> Result<Values, PhaseFault> {
-        let [a, b, c] = self.take(at, epoch)?;
-        let low = |pair: u32| f32::from_bits(pair << 16);
-        let high = |pair: u32| f32::from_bits(pair & 0xffff_0000);
-        Ok([low(a), high(a), low(b), high(b), low(c), high(c)])
-    }
+/// Six values, rounded to bf16, as a word's payload.
+pub(super) fn pack(values: &Values) -> [u32; 3] {
+    let pair = |i: usize| u32::from(bits(values[i + 1])) << 16 | u32::from(bits(values[i]));
+    [pair(0), pair(2), pair(4)]
+}
+
+/// The six values of a payload.
+pub(super) fn unpack([a, b, c]: [u32; 3]) -> Values {
+    let low = |pair: u32| f32::from_bits(pair << 16);
+    let high = |pair: u32| f32::from_bits(pair & 0xffff_0000);
+    [low(a), high(a), low(b), high(b), low(c), high(c)]
 }
 
 /// Rounds to bf16, to nearest even.

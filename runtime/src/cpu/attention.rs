@@ -1,44 +1,18 @@
 //! Causal grouped-query attention of one layer with its KV cache: the twin of `compiler/device/attention.cuh`.
 //!
-//! Each member of a group gathers the group's q, k and v of all columns, then works on tasks: one column, one KV head, some
-//! of its query heads, and one of the interleaved parts of the positions. The parts of a head are merged by whoever
-//! collects them. A column of few positions is worked on by every member.
+//! The members of a group work on tasks: one column, one KV head, some of its query heads, and one of the interleaved parts
+//! of the positions. The parts of a head are merged by whoever collects them. A column of few positions is worked on by
+//! every member. In prefill a member first gathers the group's q, k and v of all columns; in decode each task's alone.
 
 use mirage_compiler::mesh::Share;
-use mirage_compiler::program::{
-    Attention, Exchange, Linear, Norm, Program, STRIPE, TILE, VALUES_PER_WORD,
-};
+use mirage_compiler::program::{Attention, Exchange, Linear, Norm, STRIPE, TILE, VALUES_PER_WORD};
 
-use super::area::{PhaseFault, Values, bits, value};
+use super::area::{PhaseFault, Values, bits, round};
 use super::cta::{Append, Cta, Head, Now};
 use super::exchange::{View, publish};
 
 /// The score of no position at all; finite, so that differences of maxima are numbers.
 const NO_SCORE: f32 = -1e30;
-
-/// Keys and values as bf16 bits, `[layers, slots, KV heads, positions, head_dim]` each.
-pub(super) struct KvCache {
-    keys: Vec<u16>,
-    values: Vec<u16>,
-}
-
-impl KvCache {
-    pub(super) fn new(program: &Program) -> KvCache {
-        let elements = program.cache_elements();
-        KvCache {
-            keys: vec![0; elements],
-            values: vec![0; elements],
-        }
-    }
-
-    /// Takes the rows that a step has made.
-    pub(super) fn append(&mut self, rows: impl Iterator<Item = Append>) {
-        for row in rows {
-            self.keys[row.at..][..row.keys.len()].copy_from_slice(&row.keys);
-            self.values[row.at..][..row.values.len()].copy_from_slice(&row.values);
-        }
-    }
-}
 
 /// First element of a row of the cache; `kv_head` counts over all groups.
 fn row_at(now: &Now<'_>, slot: usize, kv_head: usize, position: usize) -> usize {
@@ -63,6 +37,11 @@ fn kv_head_of(attention: &Attention, block: usize) -> usize {
     block * attention.heads_per_task / (attention.heads / attention.kv_heads)
 }
 
+/// Parts of a column's positions that are not empty.
+fn active_splits(now: &Now<'_>, column: usize) -> usize {
+    now.kv_splits.min(now.columns[column].position / STRIPE + 1)
+}
+
 /// Where the words of one head of a task begin.
 fn words_of(now: &Now<'_>, group: usize, task: usize, head: usize) -> usize {
     let a = &now.shared.program.attention;
@@ -80,108 +59,150 @@ struct Partial {
 
 impl Cta {
     /// The attention phase of a worker.
-    pub(super) fn attention(
+    pub(super) async fn attention(
         &mut self,
         now: &Now<'_>,
-        cache: &KvCache,
         exchange: Exchange,
     ) -> Result<(), PhaseFault> {
+        let mesh = &now.shared.mesh;
         let a = &now.shared.program.attention;
-        self.collect_heads_of_group(now, exchange)?;
-        self.prepare_heads(now);
-        let tasks = now.columns.len() * blocks(a) * now.kv_splits;
-        let column_of = |task: usize| task / now.kv_splits / blocks(a);
-        for task in (self.member..tasks).step_by(now.shared.mesh.members) {
-            if !replicated(now, column_of(task)) {
-                self.task(now, cache, task)?;
+        if !now.alone {
+            for column in 0..now.columns.len() {
+                self.gather_heads(now, exchange, column, |_| true).await?;
+                if column % mesh.members == self.member {
+                    for kv_head in 0..a.kv_heads {
+                        self.append(now, column, kv_head);
+                    }
+                }
             }
         }
         for block in 0..now.columns.len() * blocks(a) {
-            if replicated(now, block / blocks(a)) {
-                self.whole_block(now, cache, block);
+            let (column, of_column) = (block / blocks(a), block % blocks(a));
+            let whole = replicated(now, column);
+            let first_task = block * now.kv_splits;
+            let splits = if whole { 1 } else { active_splits(now, column) };
+            for split in 0..splits {
+                if !whole && (first_task + split) % mesh.members != self.member {
+                    continue;
+                }
+                if now.alone {
+                    let appends = if whole {
+                        column % mesh.members == self.member
+                    } else {
+                        split == 0
+                    };
+                    self.gather_task(now, exchange, column, of_column, appends)
+                        .await?;
+                }
+                if whole {
+                    self.whole_block(now, block)?;
+                } else {
+                    self.task(now, first_task + split)?;
+                }
             }
         }
         Ok(())
     }
 
-    /// Brings the group's q, k and v into the activation.
-    fn collect_heads_of_group(
+    /// Brings what a block of tasks needs of a column into the activation. With `appends`, the first of the blocks that share
+    /// keys and values appends them to the cache.
+    async fn gather_task(
         &mut self,
         now: &Now<'_>,
         exchange: Exchange,
+        column: usize,
+        block: usize,
+        appends: bool,
     ) -> Result<(), PhaseFault> {
-        let view = View::new(now, exchange, self);
-        let of_group = view.source().slice(&now.shared.mesh, self.group, 0).0.begin;
-        let whole = Share {
-            begin: of_group,
-            count: now.shared.program.attention.width() / TILE,
-        };
-        for column in 0..now.columns.len() {
-            for unit in 0..view.units() {
-                let span = view.span(unit);
-                if !span.is_empty() {
-                    let values = view.collect(unit, column, now.epoch)?;
-                    let values = &values[..span.len()];
-                    self.store(now.shared.stride, column, whole, span.start, values);
-                }
-            }
+        let a = &now.shared.program.attention;
+        let kv_head = kv_head_of(a, block);
+        let first = block * a.heads_per_task;
+        let (key, value) = (a.heads + kv_head, a.heads + a.kv_heads + kv_head);
+        self.gather_heads(now, exchange, column, |head| {
+            (first..first + a.heads_per_task).contains(&head) || head == key || head == value
+        })
+        .await?;
+        if appends && first.is_multiple_of(a.heads / a.kv_heads) {
+            self.append(now, column, kv_head);
         }
         Ok(())
     }
 
-    /// Makes q and k ready for scores, and keeps k and v for the cache, each column by one member.
-    fn prepare_heads(&mut self, now: &Now<'_>) {
+    /// Brings heads of q, k and v of the group into the activation and makes them ready for scores.
+    async fn gather_heads(
+        &mut self,
+        now: &Now<'_>,
+        exchange: Exchange,
+        column: usize,
+        wanted: impl Fn(usize) -> bool,
+    ) -> Result<(), PhaseFault> {
         let shared = now.shared;
         let a = &shared.program.attention;
-        let pairs = a.head_dim / 2;
-        // Scores in powers of two: exp(x) = exp2(x log2 e).
-        let scale = a.scale * std::f32::consts::LOG2_E;
-        for (index, column) in now.columns.iter().enumerate() {
-            let turns = &shared.weights.rope[column.position * pairs..][..pairs];
-            let row = &mut self.activation[index * shared.stride..][..a.width()];
-            for (head, values) in row.chunks_exact_mut(a.head_dim).enumerate() {
-                if head < a.heads {
-                    norm(now, a.q_norm, values);
-                    rotate(values, turns);
-                    values.iter_mut().for_each(|v| *v *= scale);
-                } else if head < a.heads + a.kv_heads {
-                    norm(now, a.k_norm, values);
-                    rotate(values, turns);
-                }
-                values.iter_mut().for_each(|v| *v = super::area::round(*v));
-            }
-            let Some(slot) = column.slot else { continue };
-            if index % shared.mesh.members != self.member {
-                continue;
-            }
-            let heads = |first: usize, kv_head: usize| -> Vec<u16> {
-                let head = &row[(first + kv_head) * a.head_dim..][..a.head_dim];
-                head.iter().map(|v| bits(*v)).collect()
-            };
-            for kv_head in 0..a.kv_heads {
-                self.appends.push(Append {
-                    at: row_at(
-                        now,
-                        slot,
-                        self.group * a.kv_heads + kv_head,
-                        column.position,
-                    ),
-                    keys: heads(a.heads, kv_head),
-                    values: heads(a.heads + a.kv_heads, kv_head),
-                });
+        let view = View::new(now, exchange, self);
+        let of_group = view.source().slice(&shared.mesh, self.group, 0).0.begin;
+        let whole = Share {
+            begin: of_group,
+            count: a.width() / TILE,
+        };
+        for unit in 0..view.units() {
+            let span = view.span(unit);
+            let mut heads = span
+                .clone()
+                .map(|output| (output - of_group * TILE) / a.head_dim);
+            if heads.any(&wanted) {
+                let values = view.collect(now, unit, column).await?;
+                let values = &values[..span.len()];
+                self.store(shared.stride, column, whole, span.start, values);
             }
         }
+        let pairs = a.head_dim / 2;
+        let turns = &shared.weights.rope[now.columns[column].position * pairs..][..pairs];
+        // Scores in powers of two: exp(x) = exp2(x log2 e).
+        let scale = a.scale * std::f32::consts::LOG2_E;
+        let row = &mut self.activation[column * shared.stride..][..a.width()];
+        let heads = row.chunks_exact_mut(a.head_dim).enumerate();
+        for (head, values) in heads.filter(|(head, _)| wanted(*head)) {
+            if head < a.heads {
+                norm(now, a.q_norm, values);
+                rotate(values, turns);
+                values.iter_mut().for_each(|v| *v *= scale);
+            } else if head < a.heads + a.kv_heads {
+                norm(now, a.k_norm, values);
+                rotate(values, turns);
+            }
+            values.iter_mut().for_each(|v| *v = round(*v));
+        }
+        Ok(())
+    }
+
+    /// Keeps a column's key and value for the cache.
+    fn append(&mut self, now: &Now<'_>, column: usize, kv_head: usize) {
+        let a = &now.shared.program.attention;
+        let this = &now.columns[column];
+        let Some(slot) = this.slot else { return };
+        let row = &self.activation[column * now.shared.stride..];
+        let head = |head: usize| -> Vec<u16> {
+            let values = &row[head * a.head_dim..][..a.head_dim];
+            values.iter().map(|v| bits(*v)).collect()
+        };
+        let of_all = self.group * a.kv_heads + kv_head;
+        let append = Append {
+            at: row_at(now, slot, of_all, this.position),
+            keys: head(a.heads + kv_head),
+            values: head(a.heads + a.kv_heads + kv_head),
+        };
+        self.appends.push(append);
     }
 
     /// One task, published.
-    fn task(&mut self, now: &Now<'_>, cache: &KvCache, task: usize) -> Result<(), PhaseFault> {
+    fn task(&mut self, now: &Now<'_>, task: usize) -> Result<(), PhaseFault> {
         let a = &now.shared.program.attention;
         let (split, block) = (task % now.kv_splits, task / now.kv_splits % blocks(a));
         let column = task / now.kv_splits / blocks(a);
         let kv_head = kv_head_of(a, block);
-        let rows = self.rows(now, cache, column, kv_head, |position| {
+        let rows = self.rows(now, column, kv_head, |position| {
             position / STRIPE % now.kv_splits == split
-        });
+        })?;
         for head in 0..a.heads_per_task {
             let partial = self.attend(now, column, block * a.heads_per_task + head, &rows);
             let normalised = if now.kv_splits == 1 && partial.sum > 0.0 {
@@ -193,19 +214,17 @@ impl Cta {
             publish(now, at, partial.out.iter().map(|v| v / normalised))?;
             if now.kv_splits > 1 {
                 let [max, sum] = [partial.max, partial.sum].map(f32::to_bits);
-                now.shared
-                    .area
-                    .publish(at + a.value_words(), [max, sum, sum], now.epoch)?;
+                now.publish(at + a.value_words(), [max, sum, sum])?;
             }
         }
         Ok(())
     }
 
     /// The tasks of a replicated column's heads that share keys and values, over all positions, kept.
-    fn whole_block(&mut self, now: &Now<'_>, cache: &KvCache, index: usize) {
+    fn whole_block(&mut self, now: &Now<'_>, index: usize) -> Result<(), PhaseFault> {
         let a = &now.shared.program.attention;
         let (column, block) = (index / blocks(a), index % blocks(a));
-        let rows = self.rows(now, cache, column, kv_head_of(a, block), |_| true);
+        let rows = self.rows(now, column, kv_head_of(a, block), |_| true)?;
         for head in 0..a.heads_per_task {
             let head = block * a.heads_per_task + head;
             let Partial { sum, out, .. } = self.attend(now, column, head, &rows);
@@ -216,6 +235,7 @@ impl Cta {
                 values: out.iter().map(|v| v / total).collect(),
             });
         }
+        Ok(())
     }
 
     /// Softmax of a query head of the group over these rows.
@@ -229,15 +249,14 @@ impl Cta {
     fn rows(
         &self,
         now: &Now<'_>,
-        cache: &KvCache,
         column: usize,
         kv_head: usize,
         is_part: impl Fn(usize) -> bool,
-    ) -> Vec<f32> {
+    ) -> Result<Vec<f32>, PhaseFault> {
         let a = &now.shared.program.attention;
         let this = &now.columns[column];
         let Some(slot) = this.slot else {
-            return Vec::new();
+            return Ok(Vec::new());
         };
         // Positions of this very step are not in the cache yet; they came with the exchange.
         let cached = this.position - (column - this.first);
@@ -246,10 +265,7 @@ impl Cta {
             if position < cached {
                 let head = self.group * a.kv_heads + kv_head;
                 let at = row_at(now, slot, head, position);
-                let widen =
-                    |row: &[u16], to: &mut Vec<f32>| to.extend(row.iter().map(|&b| value(b)));
-                widen(&cache.keys[at..][..a.head_dim], &mut rows);
-                widen(&cache.values[at..][..a.head_dim], &mut rows);
+                now.memory.cached(at, a.head_dim, &mut rows)?;
             } else {
                 let from = (this.first + position - cached) * now.shared.stride;
                 let key = from + (a.heads + kv_head) * a.head_dim;
@@ -258,11 +274,11 @@ impl Cta {
                 rows.extend_from_slice(&self.activation[value..][..a.head_dim]);
             }
         }
-        rows
+        Ok(rows)
     }
 
     /// Collects the heads of all columns, merges their splits, and writes them as the operand of linear `next`.
-    pub(super) fn collect_heads(
+    pub(super) async fn collect_heads(
         &mut self,
         now: &Now<'_>,
         next: &Linear,
@@ -286,7 +302,7 @@ impl Cta {
         for column in (0..now.columns.len()).filter(|&column| !replicated(now, column)) {
             for head in groups.start * a.heads..groups.end * a.heads {
                 for word in 0..a.value_words() {
-                    let values = merged(now, column, head, word)?;
+                    let values = merged(now, column, head, word).await?;
                     let within = word * VALUES_PER_WORD;
                     let values = &values[..VALUES_PER_WORD.min(a.head_dim - within)];
                     let begin = head * a.head_dim + within;
@@ -299,7 +315,12 @@ impl Cta {
 }
 
 /// A word of a head, counted over all groups, merged from its splits.
-fn merged(now: &Now<'_>, column: usize, head: usize, word: usize) -> Result<Values, PhaseFault> {
+async fn merged(
+    now: &Now<'_>,
+    column: usize,
+    head: usize,
+    word: usize,
+) -> Result<Values, PhaseFault> {
     let a = &now.shared.program.attention;
     let (group, local) = (head / a.heads, head % a.heads);
     let block = column * blocks(a) + local / a.heads_per_task;
@@ -307,14 +328,13 @@ fn merged(now: &Now<'_>, column: usize, head: usize, word: usize) -> Result<Valu
         let task = block * now.kv_splits + split;
         words_of(now, group, task, local % a.heads_per_task)
     };
-    let area = &now.shared.area;
     if now.kv_splits == 1 {
-        return area.take_values(words(0) + word, now.epoch);
+        return now.take_values(words(0) + word).await;
     }
     let (mut max, mut sum, mut out) = (NO_SCORE, 0.0, Values::default());
-    for split in 0..now.kv_splits {
-        let part = area.take_values(words(split) + word, now.epoch)?;
-        let [other, weight, _] = area.take(words(split) + a.value_words(), now.epoch)?;
+    for split in 0..active_splits(now, column) {
+        let part = now.take_values(words(split) + word).await?;
+        let [other, weight, _] = now.take(words(split) + a.value_words()).await?;
         let (other, weight) = (f32::from_bits(other), f32::from_bits(weight));
         let new_max = f32::max(max, other);
         let (keep, add) = ((max - new_max).exp2(), (other - new_max).exp2());

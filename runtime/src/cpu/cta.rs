@@ -5,6 +5,7 @@ use mirage_compiler::program::{Linear, Norm, Program, TILE};
 
 use super::Shared;
 use super::area::{Values, round};
+use super::memory::Memory;
 
 /// One token position that a step computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +24,10 @@ pub(super) struct Column {
 #[derive(Clone, Copy)]
 pub(super) struct Now<'a> {
     pub(super) shared: &'a Shared,
+    pub(super) memory: &'a dyn Memory,
     pub(super) columns: &'a [Column],
+    /// Whether every column is a sequence of its own.
+    pub(super) alone: bool,
     /// Interleaved parts of a sequence's positions.
     pub(super) kv_splits: usize,
     /// A column below this position is attended to by every member of its group, for itself.

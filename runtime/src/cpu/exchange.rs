@@ -86,11 +86,11 @@ impl<'a> View<'a> {
     }
 
     /// The values of a unit of a column, summed over its partials in the order of the mesh.
-    pub(super) fn collect(
+    pub(super) async fn collect(
         &self,
+        now: &Now<'_>,
         unit: usize,
         column: usize,
-        epoch: u32,
     ) -> Result<Values, PhaseFault> {
         let mesh = &self.shared.mesh;
         let words = self.source.words();
@@ -104,7 +104,7 @@ impl<'a> View<'a> {
             for m in summed(self.exchange.members, mesh.members, member) {
                 let producer = (g * mesh.members + m) * self.columns + column;
                 let at = self.source.words_at + producer * words + unit % words;
-                let part = self.shared.area.take_values(at, epoch)?;
+                let part = now.take_values(at).await?;
                 for (sum, part) in sum.iter_mut().zip(part) {
                     *sum += part;
                 }
@@ -116,7 +116,7 @@ impl<'a> View<'a> {
 
 impl Cta {
     /// Collects a linear's output into the activation: what this CTA's slice of the columns of linear `next` needs.
-    pub(super) fn collect(
+    pub(super) async fn collect(
         &mut self,
         now: &Now<'_>,
         exchange: Exchange,
@@ -128,7 +128,7 @@ impl Cta {
             for unit in 0..view.units() {
                 let span = view.span(unit);
                 if !span.is_empty() {
-                    let values = view.collect(unit, column, now.epoch)?;
+                    let values = view.collect(now, unit, column).await?;
                     let values = &values[..span.len()];
                     self.store(now.shared.stride, column, k, span.start, values);
                 }
@@ -149,7 +149,7 @@ pub(super) fn publish(
     for word in at..at + words {
         let mut six = Values::default();
         six.iter_mut().zip(&mut values).for_each(|(to, v)| *to = v);
-        now.shared.area.publish_values(word, &six, now.epoch)?;
+        now.publish_values(word, &six)?;
     }
     Ok(())
 }

@@ -13,6 +13,7 @@ use super::cta::{Cta, Now, Operand, Stream};
 use super::exchange::View;
 
 /// What one pass of one producer gives of a column: the grain in which the scattered stream is shared out.
+#[derive(Clone)]
 struct Run {
     /// Counted over the column's runs.
     run: usize,
@@ -111,7 +112,7 @@ impl Cta {
     }
 
     /// All-reduce: adds what a linear published and prepares the next operand.
-    pub(super) fn add_to_stream(
+    pub(super) async fn add_to_stream(
         &mut self,
         now: &Now<'_>,
         exchange: Exchange,
@@ -130,7 +131,7 @@ impl Cta {
                 if span.is_empty() {
                     continue;
                 }
-                let sum = view.collect(unit, column, now.epoch)?;
+                let sum = view.collect(now, unit, column).await?;
                 let begin = span.start;
                 let values = &mut stream[column * hidden..][..hidden][span];
                 for (value, sum) in values.iter_mut().zip(sum) {
@@ -145,7 +146,7 @@ impl Cta {
 
     /// Reduce-scatter: adds the partials of this worker's share and publishes it, from word `words_at` on, as the next
     /// operand.
-    pub(super) fn reduce_scatter(
+    pub(super) async fn reduce_scatter(
         &mut self,
         now: &Now<'_>,
         exchange: Exchange,
@@ -153,20 +154,24 @@ impl Cta {
         operand: &Operand<'_>,
     ) -> Result<(), PhaseFault> {
         let view = View::new(now, exchange, self);
-        let area = &now.shared.area;
         let runs = runs(now, &view, self.index);
         let Stream::Scattered(stream) = &mut self.stream else {
             return Err(PhaseFault::Form);
         };
-        let mut stream = stream.iter_mut();
-        for Run { run, column, units } in runs {
+        // A warp publishes a run when it has it.
+        let mut order: Vec<usize> = (0..runs.len()).collect();
+        now.memory.shuffle(&mut order);
+        let of_run = view.source().pass_words();
+        for index in order {
+            let Run { run, column, units } = runs[index].clone();
+            let stream = &mut stream[index * of_run..][..of_run];
             let mut squares = 0.0;
-            for (unit, values) in units.zip(&mut stream) {
+            for (unit, values) in units.zip(stream) {
                 let span = view.span(unit);
                 if span.is_empty() {
                     continue;
                 }
-                let sum = view.collect(unit, column, now.epoch)?;
+                let sum = view.collect(now, unit, column).await?;
                 let mut scaled = Values::default();
                 for (((value, sum), scaled), index) in
                     values.iter_mut().zip(sum).zip(&mut scaled).zip(span)
@@ -175,20 +180,16 @@ impl Cta {
                     *scaled = *value * operand.gamma(index);
                     squares += *value * *value;
                 }
-                area.publish_values(
-                    words_at + operand_at(&view, unit, column),
-                    &scaled,
-                    now.epoch,
-                )?;
+                now.publish_values(words_at + operand_at(&view, unit, column), &scaled)?;
             }
             let at = words_at + squares_at(now, &view, run, column);
-            area.publish(at, [squares.to_bits(); 3], now.epoch)?;
+            now.publish(at, [squares.to_bits(); 3])?;
         }
         Ok(())
     }
 
     /// All-gather: collects a handed-on stream as the next operand.
-    pub(super) fn gather_stream(
+    pub(super) async fn gather_stream(
         &mut self,
         now: &Now<'_>,
         exchange: Exchange,
@@ -196,13 +197,12 @@ impl Cta {
         operand: &Operand<'_>,
     ) -> Result<(), PhaseFault> {
         let view = View::new(now, exchange, self);
-        let area = &now.shared.area;
         for column in 0..now.columns.len() {
             for unit in 0..view.units() {
                 let span = view.span(unit);
                 if !span.is_empty() {
                     let at = words_at + operand_at(&view, unit, column);
-                    let values = area.take_values(at, now.epoch)?;
+                    let values = now.take_values(at).await?;
                     let values = &values[..span.len()];
                     self.store(now.shared.stride, column, operand.k, span.start, values);
                 }
@@ -210,7 +210,7 @@ impl Cta {
             let mut squares = 0.0;
             for run in 0..runs_of_column(&view) {
                 let at = words_at + squares_at(now, &view, run, column);
-                squares += f32::from_bits(area.take(at, now.epoch)?[0]);
+                squares += f32::from_bits(now.take(at).await?[0]);
             }
             self.sum_squares[column] = squares;
         }
@@ -226,7 +226,6 @@ impl Cta {
         words_at: usize,
     ) -> Result<(), PhaseFault> {
         let view = View::new(now, writer, self);
-        let area = &now.shared.area;
         for column in 0..now.columns.len() {
             let row = &self.activation[column * now.shared.stride..];
             for unit in 0..view.units() {
@@ -235,7 +234,7 @@ impl Cta {
                     let mut values = Values::default();
                     values[..span.len()].copy_from_slice(&row[span]);
                     let at = words_at + operand_at(&view, unit, column);
-                    area.publish_values(at, &values, now.epoch)?;
+                    now.publish_values(at, &values)?;
                 }
             }
             // The whole sum stands in a column's first run.
@@ -246,7 +245,7 @@ impl Cta {
                     0.0
                 };
                 let at = words_at + squares_at(now, &view, run, column);
-                area.publish(at, [squares.to_bits(); 3], now.epoch)?;
+                now.publish(at, [squares.to_bits(); 3])?;
             }
         }
         Ok(())

@@ -1,72 +1,47 @@
 //! The generation loop: prefill steps, then decode steps until every sequence has ended. The twin of
 //! `compiler/device/generate.cuh`, with the sampler on the host.
 
-use std::collections::BTreeSet;
-
 use super::cta::Column;
+use super::sequences::{Sequences, decode_columns, last_columns};
 use super::step::Kind;
 use super::{CpuError, CpuModel};
 use crate::generate::{
-    CancelHandle, Event, FinishReason, GenerateError, GenerateRequest, Logits, PrefillColumn,
-    RequestError, Widths, prefill_steps,
-};
-use crate::sampler::Sampler;
-
-/// A sequence under way in the slot of its index.
-struct Running<'a> {
-    prompt: &'a [u32],
-    position: usize,
-    token: u32,
-    max_new: usize,
-    sampler: Sampler,
-    stream: u32,
-    stop_tokens: &'a BTreeSet<u32>,
-}
-
-const IDLE: Column = Column {
-    slot: None,
-    position: 0,
-    token: 0,
-    first: 0,
+    CancelHandle, Event, GenerateError, GenerateRequest, Logits, PrefillColumn, Widths,
+    prefill_steps,
 };
 
 impl CpuModel {
+    /// Generates; `on_logits` hears of the logits of each step, by sequence, where these are wanted.
     pub(super) fn run_requests(
         &mut self,
         batch: &[GenerateRequest],
         cancel: &CancelHandle,
         on_event: &mut dyn FnMut(Event),
+        mut on_logits: Option<&mut dyn FnMut(Vec<Vec<f32>>)>,
     ) -> Result<(), GenerateError> {
-        let mut running = Vec::with_capacity(batch.len());
-        for (sequence, request) in batch.iter().enumerate() {
-            let sampler = request.sampling.sampler();
-            let position = request.prompt.len() - 1;
-            running.push(Some(Running {
-                prompt: &request.prompt,
-                position,
-                token: request.prompt[position],
-                max_new: request.max_new_tokens,
-                sampler: sampler.map_err(|error| RequestError::Sampling { sequence, error })?,
-                stream: request.stream,
-                stop_tokens: &request.stop_tokens,
-            }));
-        }
+        let mut sequences = Sequences::new(batch, self.shared.program.max_seq)?;
         let prompts: Vec<&[u32]> = batch.iter().map(|r| &r.prompt[..]).collect();
         let steps = prefill_steps(&prompts, Widths::of(&self.shared.program));
-        if let Some(last) = self.prefill(&steps, || cancel.is_cancelled())? {
-            self.take_tokens(&last, &mut running, on_event);
-        }
-        while running.iter().any(Option::is_some) {
-            if cancel.is_cancelled() {
-                for (sequence, slot) in running.iter_mut().enumerate() {
-                    if slot.take().is_some() {
-                        let reason = FinishReason::Cancelled;
-                        on_event(Event::Finished { sequence, reason });
-                    }
-                }
+        let mut last = self.prefill(&steps, || cancel.is_cancelled())?;
+        while sequences.any() {
+            if cancel.is_cancelled() && last.is_none() {
+                sequences.cancel(on_event);
                 break;
             }
-            self.decode(&mut running, on_event)?;
+            // The columns of the sequences: those of their last positions after prefill, their own after a decode step.
+            let columns = match last.take() {
+                Some(columns) => columns,
+                None => {
+                    self.decode_step(sequences.places())?;
+                    (0..batch.len()).collect()
+                }
+            };
+            if let Some(on_logits) = &mut on_logits {
+                let of_sequences = sequences.iter().zip(&columns);
+                let logits = of_sequences.map(|(r, &c)| r.map_or(Vec::new(), |_| self.logits(c)));
+                on_logits(logits.collect());
+            }
+            sequences.advance(|s, r| r.sample(&self.logits(columns[s])), on_event);
         }
         Ok(())
     }
@@ -90,64 +65,8 @@ impl CpuModel {
             let columns: Vec<Column> = step.iter().map(column_of).collect();
             self.step(kind, &columns)?;
         }
-        let slots = last.iter().map(|column| column.slot);
-        let next = slots.clone().skip(1).chain([None]);
-        let ends = slots.zip(next).enumerate();
-        let ends = ends.filter(|(_, (slot, next))| slot.is_some() && slot != next);
-        Ok(Some(ends.map(|(column, _)| column).collect()))
-    }
-
-    /// One decode step: a token for every sequence that goes on.
-    fn decode(
-        &mut self,
-        running: &mut [Option<Running<'_>>],
-        on_event: &mut dyn FnMut(Event),
-    ) -> Result<(), CpuError> {
-        let places = running
-            .iter()
-            .map(|slot| slot.as_ref().map(|r| (r.position, r.token)));
-        self.decode_step(places)?;
-        let columns: Vec<usize> = (0..running.len()).collect();
-        self.take_tokens(&columns, running, on_event);
-        Ok(())
-    }
-
-    /// Takes a token for every sequence that goes on from the logits of its column.
-    fn take_tokens(
-        &self,
-        columns: &[usize],
-        running: &mut [Option<Running<'_>>],
-        on_event: &mut dyn FnMut(Event),
-    ) {
-        let context = self.shared.program.max_seq;
-        for ((sequence, slot), &column) in running.iter_mut().enumerate().zip(columns) {
-            let Some(r) = slot else { continue };
-            let next = r.position + 1;
-            // Positions are below 2^20.
-            let token = r
-                .sampler
-                .sample(&self.logits(column), r.stream, next as u32);
-            let index = next - r.prompt.len();
-            on_event(Event::Token {
-                sequence,
-                index,
-                token,
-            });
-            let reason = if r.stop_tokens.contains(&token) {
-                Some(FinishReason::Stop)
-            } else if index + 1 >= r.max_new {
-                Some(FinishReason::Length)
-            } else if next >= context {
-                Some(FinishReason::Context)
-            } else {
-                None
-            };
-            (r.position, r.token) = (next, token);
-            if let Some(reason) = reason {
-                *slot = None;
-                on_event(Event::Finished { sequence, reason });
-            }
-        }
+        let last: Vec<Column> = last.iter().map(column_of).collect();
+        Ok(Some(last_columns(&last)))
     }
 
     /// Runs a decode step with sequence `i`, where there is one, at its position in column and slot `i`.
@@ -155,20 +74,7 @@ impl CpuModel {
         &mut self,
         places: impl Iterator<Item = Option<(usize, u32)>>,
     ) -> Result<(), CpuError> {
-        let idle = std::iter::repeat(None);
-        let columns: Vec<Column> = places
-            .chain(idle)
-            .take(self.shared.program.decode.columns)
-            .enumerate()
-            .map(|(index, place)| {
-                place.map_or(IDLE, |(position, token)| Column {
-                    slot: Some(index),
-                    position,
-                    token,
-                    first: index,
-                })
-            })
-            .collect();
+        let columns = decode_columns(places, self.shared.program.decode.columns);
         self.step(Kind::Decode, &columns)
     }
 
@@ -195,7 +101,7 @@ impl CpuModel {
     }
 }
 
-fn column_of(column: &PrefillColumn) -> Column {
+pub(super) fn column_of(column: &PrefillColumn) -> Column {
     Column {
         slot: column.slot.map(|slot| slot as usize),
         position: column.position as usize,

@@ -1,13 +1,13 @@
-//! One step: all phases of all layers over all CTAs, and the head. The order is the one the emitter writes into
-//! `kernel.cu`.
+//! One step as a CTA goes through it: all phases of all layers, and the head, in the order that the emitter writes into
+//! `kernel.cu`. Who has a part in what is known here; how the CTAs run beside each other is not.
 
 use mirage_compiler::plan::StreamForm;
-use mirage_compiler::program::{Exchange, Linear, Next, Phase, Program, Step, TILE};
-use rayon::prelude::*;
+use mirage_compiler::program::{Exchange, Linear, Next, Phase, Program, Step};
 
+use super::Shared;
 use super::area::PhaseFault;
 use super::cta::{Column, Cta, Now, Operand};
-use super::{CpuError, CpuModel};
+use super::memory::Memory;
 
 /// Which kind of step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ impl Kind {
         }
     }
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Kind::Prefill => "prefill step",
             Kind::LastPrefill => "last prefill step",
@@ -40,7 +40,7 @@ impl Kind {
         }
     }
 
-    fn makes_logits(self) -> bool {
+    pub(super) fn makes_logits(self) -> bool {
         match self {
             Kind::Prefill => false,
             Kind::LastPrefill | Kind::Decode => true,
@@ -63,147 +63,175 @@ fn writer_of(step: &Step) -> Option<(Exchange, Option<usize>)> {
     })
 }
 
-impl CpuModel {
-    /// Runs a step on its columns, as many as the step has. After one that makes logits every CTA holds its own.
-    pub(super) fn step(&mut self, kind: Kind, columns: &[Column]) -> Result<(), CpuError> {
-        let epoch = self.next_step();
-        let CpuModel {
+/// A part of a step that a CTA does in one go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Piece {
+    /// The tokens' embeddings.
+    Embedding,
+    /// Phase `index` of a layer.
+    Phase { layer: usize, index: usize },
+    /// Hands a replicated stream on to the CTAs without a part of the layers.
+    HandOver,
+    /// Logits.
+    Head,
+}
+
+/// A step on its columns.
+#[derive(Clone, Copy)]
+pub(super) struct Run<'a> {
+    shared: &'a Shared,
+    pub(super) kind: Kind,
+    pub(super) step: &'a Step,
+    columns: &'a [Column],
+    /// Layer `n` has the epoch `n + 1` after it.
+    epoch: u32,
+    /// The exchange of the linears that write the residual stream.
+    pub(super) writer: Exchange,
+    /// Where the stream lies that the CTAs without a part of the layers read.
+    handed_over_at: usize,
+}
+
+impl<'a> Run<'a> {
+    /// A step of a kind, on as many columns as the step has.
+    pub(super) fn new(
+        shared: &'a Shared,
+        kind: Kind,
+        columns: &'a [Column],
+        epoch: u32,
+    ) -> Result<Run<'a>, PhaseFault> {
+        let step = kind.step(&shared.program, columns.len());
+        let (writer, gathered) = writer_of(step).ok_or(PhaseFault::Form)?;
+        Ok(Run {
             shared,
-            cache,
-            ctas,
-            ..
-        } = self;
-        let shared = &*shared;
-        let program = &shared.program;
-        let step = kind.step(program, columns.len());
-        let at = |layer: usize, epoch: u32| Now {
-            shared,
+            kind,
+            step,
             columns,
-            kv_splits: step.kv_splits,
-            replicate_below: step.replicate_below,
-            layer,
             epoch,
+            writer,
+            handed_over_at: gathered.unwrap_or(shared.program.exchange.stream_at),
+        })
+    }
+
+    /// All pieces, in order.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = Piece> + use<> {
+        let phases = self.step.layer.len();
+        let layers = (0..self.shared.program.layers)
+            .flat_map(move |layer| (0..phases).map(move |index| Piece::Phase { layer, index }));
+        let end = [Piece::HandOver, Piece::Head];
+        let end = if self.kind.makes_logits() {
+            &end[..]
+        } else {
+            &[]
         };
-        let (writer, gathered) = writer_of(step).ok_or_else(|| CpuError::Phase {
-            phase: format!("{}, all phases", kind.name()),
-            layer: 0,
-            cta: 0,
-            fault: PhaseFault::Form,
-        })?;
-        let workers = shared.mesh.workers();
-        let first = &program.linears[0];
-        let start = at(0, epoch);
-        all(&mut ctas[..], &start, kind, "embedding", |cta| {
-            cta.read = 0;
-            if cta.worker {
-                let k = cta.slice(shared, first).1;
-                let operand = Operand::new(shared, first, k, 0);
-                cta.embed(&start, step.stream, writer, &operand);
+        [Piece::Embedding]
+            .into_iter()
+            .chain(layers)
+            .chain(end.to_vec())
+    }
+
+    /// Whether a CTA has a part in a piece.
+    pub(super) fn has_part(&self, cta: usize, piece: Piece) -> bool {
+        let mesh = &self.shared.mesh;
+        match piece {
+            Piece::Embedding | Piece::Phase { .. } => cta < mesh.workers(),
+            Piece::HandOver => {
+                cta == 0 && mesh.ctas > mesh.workers() && self.step.stream == StreamForm::Replicated
             }
-            Ok(())
-        })?;
-        let mut now = start;
-        for layer in 0..program.layers {
-            now = at(layer, now.epoch + 1);
-            for phase in &step.layer {
-                let described = || program.describe(phase);
-                all_lazy(&mut ctas[..workers], &now, kind, &described, |cta| {
-                    run_phase(cta, &now, phase, cache)
-                })?;
-                if matches!(phase, Phase::Attention { .. }) {
-                    cache.append(ctas.iter_mut().flat_map(|cta| cta.appends.drain(..)));
-                }
-            }
+            Piece::Head => true,
         }
-        if kind.makes_logits() {
-            let now = Now {
-                layer: program.layers,
-                ..now
-            };
-            let words_at = gathered.unwrap_or(program.exchange.stream_at);
-            if ctas.len() > workers && step.stream == StreamForm::Replicated {
-                all(
-                    &mut ctas[..1],
-                    &now,
-                    kind,
-                    "hand-over of the stream",
-                    |cta| cta.publish_stream(&now, writer, words_at),
-                )?;
+    }
+
+    /// A piece in words.
+    pub(super) fn describe(&self, piece: Piece) -> String {
+        describe(&self.shared.program, self.kind, self.columns.len(), piece)
+    }
+
+    /// The layer of a piece; the number of layers for the head.
+    pub(super) fn layer(&self, piece: Piece) -> usize {
+        match piece {
+            Piece::Embedding => 0,
+            Piece::Phase { layer, .. } => layer,
+            Piece::HandOver | Piece::Head => self.shared.program.layers,
+        }
+    }
+
+    /// The epoch of a piece's words.
+    pub(super) fn epoch_of(&self, piece: Piece) -> u32 {
+        // Layers are few: there are as many epochs in 32 bits as a generation needs.
+        self.epoch
+            + match piece {
+                Piece::Embedding => 0,
+                Piece::Phase { layer, .. } => layer as u32 + 1,
+                Piece::HandOver | Piece::Head => self.shared.program.layers as u32,
             }
-            all(&mut ctas[..], &now, kind, "head", |cta| {
+    }
+
+    /// Does a CTA's part of a piece.
+    pub(super) async fn carry_out(
+        &self,
+        cta: &mut Cta,
+        piece: Piece,
+        memory: &dyn Memory,
+    ) -> Result<(), PhaseFault> {
+        let (shared, program) = (self.shared, &self.shared.program);
+        let now = Now {
+            shared,
+            memory,
+            columns: self.columns,
+            alone: self.kind == Kind::Decode,
+            kv_splits: self.step.kv_splits,
+            replicate_below: self.step.replicate_below,
+            layer: self.layer(piece),
+            epoch: self.epoch_of(piece),
+        };
+        match piece {
+            Piece::Embedding => {
+                let first = &program.linears[0];
+                let operand = Operand::new(shared, first, cta.slice(shared, first).1, 0);
+                cta.embed(&now, self.step.stream, self.writer, &operand);
+                Ok(())
+            }
+            Piece::Phase { index, .. } => run_phase(cta, &now, &self.step.layer[index]).await,
+            Piece::HandOver => cta.publish_stream(&now, self.writer, self.handed_over_at),
+            Piece::Head => {
                 if !cta.worker {
                     let k = cta.head_slice(program).1;
                     let operand = Operand::new(shared, &program.head, k, 0);
-                    cta.gather_stream(&now, writer, words_at, &operand)?;
+                    cta.gather_stream(&now, self.writer, self.handed_over_at, &operand)
+                        .await?;
                 }
                 cta.head(&now)
-            })?;
+            }
         }
-        Ok(())
-    }
-
-    /// The logits that the last step that makes some made for a column.
-    pub(super) fn logits(&self, column: usize) -> Vec<f32> {
-        let mut logits = Vec::with_capacity(self.shared.program.head.rows());
-        for cta in &self.ctas {
-            let width = self.shared.program.head_rows(cta.index).count * TILE;
-            logits.extend_from_slice(&cta.logits[column * width..][..width]);
-        }
-        // The last tile's padding.
-        logits.truncate(self.shared.program.vocab);
-        logits
     }
 }
 
-/// Does something in all CTAs, in parallel; the fault of the lowest CTA counts.
-fn all_lazy(
-    ctas: &mut [Cta],
-    now: &Now<'_>,
-    kind: Kind,
-    phase: &(dyn Fn() -> String + Sync),
-    run: impl Fn(&mut Cta) -> Result<(), PhaseFault> + Sync,
-) -> Result<(), CpuError> {
-    let faults: Vec<Option<CpuError>> = ctas
-        .par_iter_mut()
-        .map(|cta| {
-            run(cta).err().map(|fault| CpuError::Phase {
-                phase: format!("{}, {}", kind.name(), phase()),
-                layer: now.layer,
-                cta: cta.index,
-                fault,
-            })
-        })
-        .collect();
-    faults.into_iter().flatten().next().map_or(Ok(()), Err)
+/// A piece of a step of so many columns in words.
+pub(super) fn describe(program: &Program, kind: Kind, columns: usize, piece: Piece) -> String {
+    let what = match piece {
+        Piece::Embedding => "embedding".to_owned(),
+        Piece::Phase { index, .. } => program.describe(&kind.step(program, columns).layer[index]),
+        Piece::HandOver => "hand-over of the stream".to_owned(),
+        Piece::Head => "head".to_owned(),
+    };
+    format!("{}, {what}", kind.name())
 }
 
-fn all(
-    ctas: &mut [Cta],
-    now: &Now<'_>,
-    kind: Kind,
-    phase: &'static str,
-    run: impl Fn(&mut Cta) -> Result<(), PhaseFault> + Sync,
-) -> Result<(), CpuError> {
-    all_lazy(ctas, now, kind, &|| phase.to_owned(), run)
-}
-
-fn run_phase(
-    cta: &mut Cta,
-    now: &Now<'_>,
-    phase: &Phase,
-    cache: &super::KvCache,
-) -> Result<(), PhaseFault> {
+async fn run_phase(cta: &mut Cta, now: &Now<'_>, phase: &Phase) -> Result<(), PhaseFault> {
     let program = &now.shared.program;
     match phase {
         Phase::Linear(index) => cta.linear(now, &program.linears[*index]),
-        Phase::Attention { exchange, .. } => cta.attention(now, cache, *exchange),
+        Phase::Attention { exchange, .. } => cta.attention(now, *exchange).await,
         Phase::CollectHeads { next, all_groups } => {
             cta.collect_heads(now, &program.linears[*next], *all_groups)
+                .await
         }
-        Phase::Collect { exchange, next } => cta.collect(now, *exchange, &program.linears[*next]),
+        Phase::Collect { exchange, next } => {
+            cta.collect(now, *exchange, &program.linears[*next]).await
+        }
         Phase::AddToStream { exchange, next } => {
             let operand = operand(cta, now, next);
-            cta.add_to_stream(now, *exchange, &operand)
+            cta.add_to_stream(now, *exchange, &operand).await
         }
         Phase::ReduceScatter {
             exchange,
@@ -212,6 +240,7 @@ fn run_phase(
         } => {
             let operand = operand(cta, now, next);
             cta.reduce_scatter(now, *exchange, *words_at, &operand)
+                .await
         }
         Phase::GatherStream {
             exchange,
@@ -219,7 +248,7 @@ fn run_phase(
             next,
         } => {
             let operand = operand(cta, now, next);
-            cta.gather_stream(now, *exchange, *words_at, &operand)
+            cta.gather_stream(now, *exchange, *words_at, &operand).await
         }
     }
 }
