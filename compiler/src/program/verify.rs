@@ -15,10 +15,10 @@
 //! 6. Words: buffers of the exchange area are disjoint and large enough for both kinds of step.
 //! 7. Shared: regions of shared memory are disjoint, aligned, and large enough for what every phase keeps there.
 //! 8. Norms: every gamma lies in the array of norms where its reader looks for it.
-//! 9. Steps: columns are powers of two up to 64, of steps that exchange words up to 16, enough for all sequences, and a prefill step has no fewer than a decode
-//!    step; attention's tasks divide the heads.
+//! 9. Steps: columns are powers of two up to 64, of steps that exchange words up to 16, enough for all sequences, and a
+//!    prefill step has no fewer than a decode step; attention's tasks divide the heads.
 //! 10. Views: an exchange sums where columns were split and nowhere else, over all partial sums of the same elements; a
-//!    linear is read in one way only.
+//!     linear is read in one way only.
 //! 11. Inputs: a linear multiplies what was prepared for it, and what was prepared holds its slice of the columns.
 //! 12. Outputs: every output is read; what is added to the residual stream is added once.
 //! 13. Waits: every word that is waited for is published earlier in the same order of phases, with that epoch; epochs grow.

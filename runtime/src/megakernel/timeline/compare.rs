@@ -24,7 +24,8 @@ impl<'a> Comparison<'a> {
         depth: usize,
         clock_mhz: f64,
     ) -> Comparison<'a> {
-        let kinds = program.steps().into_iter().enumerate();
+        let kinds = [("prefill", &program.prefill), ("decode", &program.decode)];
+        let kinds = kinds.into_iter().enumerate();
         let steps = kinds.filter(|(kind, _)| timeline.steps[*kind] > 0);
         let steps = steps.map(|(kind, (name, step))| {
             let predicted = Prediction::new(program, machine, kind == 1, depth);
