@@ -261,7 +261,7 @@ mod tests {
             "--num-iterations 0",
             "--num-warmup -1",
             "--batch-sizes 0",
-            "--batch-sizes 17",
+            "--batch-sizes 65",
             "--batch-sizes",
             "--batch-sizes 1,2",
             "--device tpu",

@@ -80,7 +80,7 @@ fn files_that_are_none() {
         (
             "config.json",
             Put::Pipe,
-            ["m/config.json", "not a regular file"],
+            ["--model", "no config.json in it"],
         ),
         (
             "model.safetensors",
@@ -141,7 +141,7 @@ fn texts_that_are_wrong() {
         (
             "config.json",
             Put::Text(&deep),
-            ["config.json", "recursion limit"],
+            ["config.json", "not the JSON it should be"],
         ),
         (
             "config.json",
@@ -193,7 +193,11 @@ fn texts_that_are_wrong() {
             Put::Text("{\"weight_map\": {\"w\": \"b.safetensors\"}}"),
             ["shard b.safetensors is not there", "1 tensor(s)"],
         ),
-        (index, Put::Text(&deep), [index, "recursion limit"]),
+        (
+            index,
+            Put::Text(&deep),
+            [index, "not the JSON it should be"],
+        ),
     ] {
         check(name, &put, &words);
     }

@@ -340,7 +340,7 @@ fn bad_values_name_the_flag() {
     let bench = Bench::new();
     for (line, word) in [
         ("--batch-sizes 0", "--batch-sizes"),
-        ("--batch-sizes 32", "1..=16"),
+        ("--batch-sizes 65", "1..=64"),
         ("--temperature -1", "0 (greedy)"),
         ("--top-p 2", "at most 1"),
         ("--max-tokens 0", "--max-tokens"),

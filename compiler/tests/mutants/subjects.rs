@@ -38,6 +38,7 @@ pub(crate) fn subjects() -> Vec<Subject> {
             (Arch::Sm80, 13, 3, 300),
             (Arch::Sm120a, 6, 8, 2000),
             (Arch::Sm100a, 24, 24, 128),
+            (Arch::Sm90a, 8, 17, 64),
         ] {
             let target = target(arch, sms, batch, max_seq);
             subjects.push(Subject {

@@ -227,8 +227,10 @@ fn missing_pieces() {
     );
     let dir = folder(&[]);
     fs::create_dir(dir.path().join("config.json")).unwrap();
-    let error = Checkpoint::open(dir.path()).unwrap_err();
-    assert!(matches!(error, CheckpointError::Io { .. }), "{error}");
+    check_open_error(
+        dir.path(),
+        "DIR/config.json: not a regular file; put the file itself there, as it was downloaded",
+    );
 }
 
 #[test]
