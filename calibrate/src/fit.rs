@@ -276,23 +276,24 @@ mod tests {
         );
     }
 
+    const LINEAR: LinearConstants = LinearConstants {
+        fixed: 0.2,
+        pass: 0.3,
+        page: 0.05,
+        shared_gbps: 200.0,
+        mma_mhz: 400.0,
+    };
+
     #[test]
     fn constants_are_found_again() {
-        let linear = LinearConstants {
-            fixed: 0.2,
-            pass: 0.3,
-            page: 0.05,
-            shared_gbps: 200.0,
-            mma_mhz: 400.0,
-        };
         let known = Profile::h100().machine;
-        let machine = measurements(&linear).machine(&known);
+        let machine = measurements(&LINEAR).machine(&known);
         for (found, expect) in [
-            (machine.linear.fixed, linear.fixed),
-            (machine.linear.pass, linear.pass),
-            (machine.linear.page, linear.page),
-            (machine.linear.shared_gbps, linear.shared_gbps),
-            (machine.linear.mma_mhz, linear.mma_mhz),
+            (machine.linear.fixed, LINEAR.fixed),
+            (machine.linear.pass, LINEAR.pass),
+            (machine.linear.page, LINEAR.page),
+            (machine.linear.shared_gbps, LINEAR.shared_gbps),
+            (machine.linear.mma_mhz, LINEAR.mma_mhz),
             (machine.stream.gbps, 3000.0),
             (machine.stream.rings[2][0], 1000.0),
             (machine.stream.slowest, 1.1),
@@ -310,14 +311,7 @@ mod tests {
 
     #[test]
     fn noise_makes_no_constant_that_is_none() {
-        let linear = LinearConstants {
-            fixed: 0.2,
-            pass: 0.3,
-            page: 0.05,
-            shared_gbps: 200.0,
-            mma_mhz: 400.0,
-        };
-        let mut noisy = measurements(&linear);
+        let mut noisy = measurements(&LINEAR);
         noisy.small = noisy.large;
         noisy.wide = noisy.large;
         noisy.two_passes = 0.0;
